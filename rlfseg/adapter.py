@@ -1,0 +1,235 @@
+"""The adapter folder: what training makes and everything else loads.
+
+    adapter_config.json, adapter_model.safetensors   peft's own, exact by `PeftModel.from_pretrained(pipe.unet, folder)`
+    or unet/                                         diffusers' own, after full fine-tuning
+    rlfseg.yaml                                      `Card`: base, resolution, calibration, figures, settings
+    README.md                                        the model card, for people
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from diffusers import UNet2DConditionModel
+from peft import PeftModel
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from rlfseg import tracking
+from rlfseg.backbone import ASSETS, Backbone, Velocity
+from rlfseg.config import BackboneConfig
+from rlfseg.errors import ModelError
+
+CARD = "rlfseg.yaml"
+
+
+@dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
+class Card:
+    """What one must know to use an adapter rightly.
+
+    Attributes:
+        base: Reference of the base model, as in `BackboneConfig.base`.
+        resolution: Side in pixels that it was trained at.
+        full: Whether `unet/` replaces the base's UNet, instead of a LoRA.
+        threshold: Score above which a pixel is mask; 0.5 until `calibrate` has run.
+        eps_aos: Width of AOS's stable region (Eq. 6); None until `calibrate` has run.
+        eps_hss: Width of HSS's stable region (Eq. 9); None until `calibrate` has run.
+        data: Fingerprint of the latents that it was trained on.
+        run_id: MLflow run of the training.
+        metrics: Figures on the validation split.
+        config: Resolved settings of the training.
+    """
+
+    base: str
+    resolution: int
+    full: bool = False
+    threshold: float = 0.5
+    eps_aos: float | None = None
+    eps_hss: float | None = None
+    data: str = ""
+    run_id: str = ""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+def save(backbone: Backbone, folder: Path, card: Card) -> None:
+    """Writes the trained weights, the card and the model card into `folder`.
+
+    Raises:
+        ModelError: The weights are not what a plain UNet could load.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    unet = backbone.velocity.unet
+    if isinstance(unet, PeftModel):
+        wrapped = [n for n, _ in unet.named_parameters() if n.startswith("module.") or "_orig_mod." in n]
+        if wrapped:
+            raise ModelError(f"adapter {folder}: keys such as {wrapped[0]} would load nowhere; unwrap the model first")
+        unet.save_pretrained(str(folder), safe_serialization=True)
+    else:
+        unet.save_pretrained(folder / "unet")
+    write_card(folder, card)
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Writes `rlfseg.yaml` and `README.md`, each in one move."""
+    _replace(folder / CARD, yaml.safe_dump(dataclasses.asdict(card), sort_keys=False, allow_unicode=True))
+    _replace(folder / "README.md", model_card(card))
+
+
+def read_card(folder: Path) -> Card:
+    """Reads and checks `rlfseg.yaml`.
+
+    Raises:
+        ModelError: It is missing or holds something else.
+    """
+    path = folder / CARD
+    if not path.is_file():
+        raise ModelError(f"{folder} is no adapter: {CARD} is missing")
+    try:
+        return TypeAdapter(Card).validate_python(yaml.safe_load(path.read_text()))
+    except (ValidationError, yaml.YAMLError) as error:
+        raise ModelError(f"{path}: {error}") from error
+
+
+def resolve(reference: str) -> Path:
+    """The folder of an adapter, by the form of its reference.
+
+    `tiny` is shipped; `models:/...` and `runs:/...` are downloaded from MLflow as files and never run; `hf:owner/name@revision`
+    comes from the hub; anything else is a path.
+
+    Raises:
+        ModelError: There is none.
+    """
+    if reference == "tiny":
+        folder = ASSETS / "adapter"
+    elif reference.startswith(("models:/", "runs:/")):
+        folder = tracking.download(reference)
+    elif reference.startswith("hf:"):
+        folder = _from_hub(reference.removeprefix("hf:"))
+    else:
+        folder = Path(reference)
+    # An MLflow model holds the adapter as an artifact of its own
+    found = [f for f in (folder, folder / "adapter", folder / "artifacts" / "adapter") if (f / CARD).is_file()]
+    if not found:
+        raise ModelError(
+            f"adapter: {reference} holds no {CARD}; give `tiny`, a folder written by `rlfseg train`, models:/name@alias, "
+            "runs:/id/adapter or hf:owner/name@revision"
+        )
+    return found[0]
+
+
+def load(folder: Path, *, device: str = "auto", dtype: str = "auto", base_only: bool = False) -> tuple[Backbone, Card]:
+    """The base with the adapter on it (or, with `base_only`, without), and its card.
+
+    Raises:
+        ModelError: Base or adapter can't be loaded, or don't fit each other.
+    """
+    card = read_card(folder)
+    config = BackboneConfig(base=card.base, resolution=card.resolution, device=device, dtype=dtype)  # type: ignore[arg-type]
+    if base_only:
+        return Backbone.load(config), card
+    if card.full:
+        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+        return Backbone.load(config, unet=unet), card
+    backbone = Backbone.load(config)
+    backbone.load_lora(folder)
+    return backbone, card
+
+
+def export(folder: Path, out: Path) -> Path:
+    """Writes `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights` of diffusers, with its alpha and rank.
+
+    Raises:
+        ModelError: The adapter is a full UNet; diffusers reads that folder as it is.
+    """
+    from diffusers import StableDiffusionPipeline
+    from peft import get_peft_model_state_dict
+
+    card = read_card(folder)
+    if card.full:
+        raise ModelError(f"{folder / 'unet'} is a whole UNet already: UNet2DConditionModel.from_pretrained reads it")
+    backbone, _ = load(folder, device="cpu", dtype="fp32")
+    unet = backbone.velocity.unet
+    StableDiffusionPipeline.save_lora_weights(
+        out,
+        unet_lora_layers={k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(unet).items()},
+        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
+    )
+    return out / "pytorch_lora_weights.safetensors"
+
+
+def model_card(card: Card) -> str:
+    """The card as Markdown, with the front matter that model hubs read."""
+    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in card.metrics.items()) or "| none yet | |"
+    calibrated = "" if card.eps_aos is not None else " (not calibrated: run `rlfseg calibrate`)"
+    return f"""---
+library_name: peft
+base_model: {card.base.removeprefix("hf:")}
+tags: [image-segmentation, rectified-flow, lora]
+---
+
+# RLFseg adapter
+
+Masks from words in one UNet step: a rectified flow from the latent of a {card.resolution} x {card.resolution} image to its mask's.
+
+| | |
+|---|---|
+| base | `{card.base}` |
+| trained weights | {"all of the UNet" if card.full else "LoRA"} |
+| threshold | {card.threshold}{calibrated} |
+| eps of AOS, HSS | {card.eps_aos}, {card.eps_hss} |
+| training data | {card.data or "not recorded"} |
+| MLflow run | {card.run_id or "none"} |
+
+## Figures on the validation split
+
+| metric | value |
+|---|---|
+{rows}
+
+## How to load
+
+```python
+from rlfseg import Segmenter
+
+masks = Segmenter.load("path/of/this/folder")(image, ["red ring"])
+```
+
+## Settings
+
+```yaml
+{yaml.safe_dump(card.config, sort_keys=False).strip()}
+```
+"""
+
+
+def unwrap(model: Any) -> Velocity:
+    """The velocity model inside what data parallelism and compilation wrap around it."""
+    while not isinstance(model, Velocity):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return model
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(
+            snapshot_download(
+                repository, revision=revision or None, allow_patterns=["*.json", "*.yaml", "*.md", "*.safetensors"]
+            )
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ModelError(f"adapter: hf:{name} can't be downloaded and isn't in the cache: {error}") from error
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,256 @@
+"""Stable Diffusion as a velocity model: diffusers for the networks, peft for LoRA.
+
+Shapes: B phrases or images, C latent channels, h = w = resolution / f, T text tokens, D width of text states.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from cachetools import LRUCache
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from jaxtyping import Float
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from rlfseg.config import BackboneConfig, LoraConfig
+from rlfseg.device import choose_device, choose_dtype
+from rlfseg.errors import ConfigError, ModelError
+
+ASSETS = Path(__file__).parent / "assets"
+TIME_SCALE = 1000.0  # the UNet's time embedding was trained on 0..1000; the flow's time runs over 0..1
+TEXT_CACHE = 1024  # phrases; a state of SD's is 236 kB
+NEEDED = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer")
+
+
+class Velocity(nn.Module):
+    """v_theta(z_t, t, c): a UNet with the flow's time scaled to its own, in this one place."""
+
+    def __init__(self, unet: nn.Module):
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, z: Float[Tensor, "B C h w"], t: Float[Tensor, " B"], text: Float[Tensor, "B T D"]) -> Tensor:
+        """Velocity z1 - z0 as predicted at z_t and t in [0, 1], Float [B, C, h, w]."""
+        return self.unet(z, t * TIME_SCALE, encoder_hidden_states=text, return_dict=False)[0]
+
+
+class Backbone:
+    """The frozen autoencoder and text encoder, and the UNet with or without an adapter.
+
+    Attributes:
+        velocity: The velocity model; train its parameters that require a gradient.
+        source: Folder that the weights came from.
+        resolution: Side of images and masks in pixels.
+    """
+
+    def __init__(
+        self, source: Path, *, resolution: int, device: str, dtype: torch.dtype, unet: UNet2DConditionModel | None = None
+    ):
+        self.source, self.resolution, self.device, self.dtype = source, resolution, device, dtype
+        # fp16 on disk is only storage: the autoencoder overflows in fp16, LoRA needs fp32 beside it
+        frozen = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
+        try:
+            self.vae = AutoencoderKL.from_pretrained(source / "vae", **frozen)
+            self.text_encoder = CLIPTextModel.from_pretrained(
+                source / "text_encoder", dtype=dtype, local_files_only=True, use_safetensors=True
+            )
+            self.tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
+            unet = unet or UNet2DConditionModel.from_pretrained(source / "unet", **frozen)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"backbone.base: {source} can't be loaded as a diffusers folder: {error}") from error
+        for part in (self.vae, self.text_encoder, unet):
+            part.to(device).eval().requires_grad_(False)
+        self.velocity = Velocity(unet)
+        self._text_cache: LRUCache[str, Tensor] = LRUCache(TEXT_CACHE)
+
+    @classmethod
+    def load(cls, config: BackboneConfig, *, unet: UNet2DConditionModel | None = None) -> Backbone:
+        """Loads a base without an adapter; `unet` replaces the folder's own (full fine-tuning)."""
+        device = choose_device(config.device)
+        return cls(
+            resolve_base(config.base),
+            resolution=config.resolution,
+            device=device,
+            dtype=choose_dtype(config.dtype, device),
+            unet=unet,
+        )
+
+    # --- latents -------------------------------------------------------------------------------------------------
+
+    @property
+    def factor(self) -> int:
+        """Pixels a latent cell and side: 8 in SD, 4 in the drawn world."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @torch.no_grad()
+    def encode(self, pixels: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B C h w"]:
+        """Pixels in [-1, 1] -> scaled latents: the posterior's mode, so that latents can be cached."""
+        latents = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode()
+        return latents.float() * self.vae.config.scaling_factor
+
+    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 R R"]:
+        """Scaled latents -> pixels, about [-1, 1] and not clamped."""
+        scaled = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(scaled, return_dict=False)[0].float()
+
+    @lru_cache(maxsize=1)  # noqa: B019  one backbone lives as long as its process
+    def black(self) -> Float[Tensor, "1 C h w"]:
+        """z_b of Eq. 6: the latent of a black image."""
+        return self.encode(-torch.ones(1, 3, self.resolution, self.resolution))
+
+    # --- text ----------------------------------------------------------------------------------------------------
+
+    def text(self, phrases: Sequence[str]) -> Float[Tensor, "B T D"]:
+        """States of CLIP's text encoder, padded to its full length; each phrase is encoded once and kept.
+
+        Longer phrases than the encoder takes are cut: see `too_long`.
+        """
+        states = {p: self._text_cache[p] for p in set(phrases) if p in self._text_cache}
+        new = [p for p in dict.fromkeys(phrases) if p not in states]
+        if new:
+            states |= zip(new, self._encode_text(new), strict=True)
+            self._text_cache.update((p, states[p]) for p in new)
+        return torch.stack([states[p] for p in phrases])
+
+    @torch.no_grad()
+    def _encode_text(self, phrases: list[str]) -> Tensor:
+        ids = self.tokenizer(
+            phrases,
+            padding="max_length",
+            truncation=True,
+            max_length=self.tokenizer.model_max_length,
+            return_tensors="pt",
+        ).input_ids
+        return self.text_encoder(ids.to(self.device)).last_hidden_state.float()
+
+    def too_long(self, phrase: str) -> bool:
+        """Whether the text encoder sees only the beginning of a phrase."""
+        return len(self.tokenizer(phrase).input_ids) > self.tokenizer.model_max_length
+
+    # --- adapters ------------------------------------------------------------------------------------------------
+
+    def add_lora(self, config: LoraConfig, *, seed: int = 42) -> None:
+        """Adds an untrained LoRA (it changes nothing yet), or with `full` frees all weights of the UNet.
+
+        Raises:
+            ConfigError: A target matches no layer.
+        """
+        unet = self.velocity.unet
+        if config.full:
+            unet.requires_grad_(True)
+            unet.float()
+            return
+        names = [name for name, _ in unet.named_modules()]
+        dead = [t for t in config.targets if not any(n == t or n.endswith("." + t) for n in names)]
+        if dead or not config.targets:
+            raise ConfigError(f"lora.targets: {dead or 'an empty list'} matches no layer of {self.source / 'unet'}")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # every worker starts from the same A
+            self.velocity.unet = get_peft_model(
+                unet,
+                PeftLoraConfig(
+                    r=config.rank,
+                    lora_alpha=config.alpha or config.rank,
+                    lora_dropout=0.0,
+                    init_lora_weights="gaussian",
+                    target_modules=list(config.targets),
+                ),
+            )
+        for weight in self.trainable():
+            weight.data = weight.data.float()
+
+    def load_lora(self, folder: Path, *, trainable: bool = False) -> None:
+        """Puts a saved LoRA on the UNet.
+
+        Raises:
+            ModelError: Its keys or shapes don't fit this base: loading it would silently change nothing.
+        """
+        try:
+            model = PeftModel.from_pretrained(self.velocity.unet, str(folder), is_trainable=trainable)
+        except (RuntimeError, OSError, ValueError) as error:
+            raise ModelError(f"adapter {folder} doesn't fit the base {self.source}: {error}") from error
+        loaded = [w for n, w in model.named_parameters() if ".lora_B." in n]
+        if not loaded or not all(bool(w.any()) for w in loaded):
+            raise ModelError(f"adapter {folder} has lora_B weights that are missing or zero on the base {self.source}")
+        for weight in (w for n, w in model.named_parameters() if ".lora_" in n):
+            weight.data = weight.data.float()
+        self.velocity.unet = model.to(self.device).eval()
+
+    def load_weights(self, folder: Path) -> None:
+        """Copies saved weights into the trainable ones, in place, so that an optimizer keeps hold of them.
+
+        Raises:
+            ModelError: The names differ.
+        """
+        unet = self.velocity.unet
+        if isinstance(unet, PeftModel):
+            found = set_peft_model_state_dict(unet, load_file(folder / "adapter_model.safetensors"))
+            if found.unexpected_keys:
+                raise ModelError(f"{folder}: weights {found.unexpected_keys[:3]} belong to no layer of {self.source}")
+        else:
+            unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+
+    def fuse(self) -> None:
+        """Folds the LoRA into the UNet's weights: the same function, without its extra products."""
+        if isinstance(self.velocity.unet, PeftModel):
+            self.velocity.unet = self.velocity.unet.merge_and_unload()
+
+    def trainable(self) -> list[nn.Parameter]:
+        """The weights that training changes, as a list: an iterator would be spent by its first reader."""
+        return [w for w in self.velocity.parameters() if w.requires_grad]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """bf16 arithmetic where the backbone is bf16, else none."""
+        if self.dtype == torch.bfloat16:
+            return torch.autocast(self.device.split(":")[0], torch.bfloat16)
+        return nullcontext()
+
+
+def resolve_base(reference: str) -> Path:
+    """The folder of a base: `tiny`, `hf:owner/name@revision` (downloaded once), or a path.
+
+    Raises:
+        ModelError: Nothing is there, or the hub can't be reached and has not been asked before.
+    """
+    if reference == "tiny":
+        folder = ASSETS / "base"
+    elif reference.startswith("hf:"):
+        folder = _download(reference.removeprefix("hf:"))
+    else:
+        folder = Path(reference)
+    missing = [name for name in NEEDED if not (folder / name).exists()]
+    if missing:
+        raise ModelError(
+            f"backbone.base: {reference} is no diffusers folder, {folder / missing[0]} is missing; "
+            "give `tiny`, a folder with unet, vae, text_encoder and tokenizer, or hf:owner/name@revision"
+        )
+    return folder
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        folder = snapshot_download(
+            repository,
+            revision=revision or None,
+            allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*model.safetensors"],
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ModelError(
+            f"backbone.base: hf:{name} can't be downloaded and isn't in the cache ({os.environ.get('HF_HOME', '~/.cache/huggingface')}); "
+            f"check the name and the network, or give a local diffusers folder: {error}"
+        ) from error
+    return Path(folder)
+

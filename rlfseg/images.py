@@ -1,0 +1,315 @@
+"""Pictures and masks: decoding with limits, and every change of frame between files, arrays and the network's square.
+
+Frames: a *picture* is uint8 RGB [H, W, 3] as people see it (EXIF rotation applied); a *mask* is uint8 {0, 1} [H, W] in
+the picture's frame; the *square* is the network's R x R, to which both are stretched without padding (the paper's 512).
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+import pycocotools.mask as coco
+from jaxtyping import Float, UInt8
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from rlfseg.errors import BadSample, DataError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # imported where it is used: decoding workers never need torch
+
+Source = str | os.PathLike[str] | bytes | IO[bytes]
+
+MAX_PIXELS = 64_000_000
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"}
+)
+# Only plain raster formats. Pillow would also hand EPS to Ghostscript, which runs programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+# What Pillow's decoders raise on damaged bytes; it has no error class of its own for that.
+DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
+
+
+def load_image(
+    source: Source, *, name: str, sample: str | None = None, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Decodes a picture as people see it, whatever its file is called.
+
+    EXIF rotation is applied; transparency is laid on white; 16-bit grey is scaled to 8 bit; CMYK and YCCK become RGB;
+    of an animation the first frame is taken.
+
+    Args:
+        source: A path, the file's bytes, or a file open for reading bytes.
+        name: What errors call it.
+        sample: Its id, for errors.
+        max_pixels: Largest height times width; checked before anything is decoded.
+
+    Returns:
+        uint8 RGB [H, W, 3], contiguous.
+
+    Raises:
+        BadSample: Not a picture, truncated, damaged, too large, or of a bit depth that has no defined range.
+    """
+    try:
+        with _open(source, max_pixels) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            return np.array(_on_white(image), dtype=np.uint8)
+    except (*DAMAGED, *BOMB) as error:
+        raise BadSample(_reason(error), file=name, sample=sample) from error
+
+
+def load_mask(
+    source: Source, *, name: str, sample: str | None = None, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.uint8]:
+    """Decodes a mask: 0/1 or 0/255, 1-bit, grey, palette or grey stored as RGB.
+
+    A palette whose colours are all black or white is read by colour, any other by index.
+
+    Args:
+        source: A path, the file's bytes, or a file open for reading bytes.
+        name: What errors call it.
+        sample: Its id, for errors.
+        max_pixels: Largest height times width; checked before anything is decoded.
+
+    Returns:
+        uint8 {0, 1} [H, W].
+
+    Raises:
+        BadSample: As `load_image`, or other values than those, or colours, or transparency.
+    """
+    try:
+        with _open(source, max_pixels) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            values = _mask_values(image)
+    except (*DAMAGED, *BOMB) as error:
+        raise BadSample(_reason(error), file=name, sample=sample) from error
+    return to_binary(values, file=name, sample=sample)
+
+
+def image_size(source: Source, *, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Height and width of a picture as people see it, from its header; the pixels may still be damaged.
+
+    Raises:
+        BadSample: Not a picture, or more than `max_pixels` pixels.
+    """
+    try:
+        with _open(source, max_pixels) as image:
+            width, height = image.size
+            # Pillow gives a TIFF's size already turned.
+            turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
+            return (width, height) if turned else (height, width)
+    except (*DAMAGED, *BOMB) as error:
+        raise BadSample(_reason(error), file=name) from error
+
+
+def to_binary(array: NDArray[Any], *, file: str, sample: str | None = None) -> NDArray[np.uint8]:
+    """A mask in any of the usual codings as {0, 1}: bool, or numbers 0/1 or 0/255; nothing else is guessed at.
+
+    Args:
+        array: [H, W], bool, integer or float.
+        file: Its file, for errors.
+        sample: Its id, for errors.
+
+    Returns:
+        uint8 {0, 1} [H, W], a new array.
+
+    Raises:
+        BadSample: Other values, rank or type, or no pixels.
+    """
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "biuf":
+        found = f"{array.dtype} of shape {array.shape}"
+        raise BadSample(f"a mask must be numbers [height, width], this is {found}", file=file, sample=sample)
+    inside: NDArray[np.bool_] = array != 0
+    top = array.max()
+    if top not in (0, 1, 255) or not np.array_equal(inside, array == (top or 1)):
+        some = ", ".join(str(v) for v in np.unique(array)[:5])
+        reason = f"a mask must hold only 0 and 1, or only 0 and 255; this one holds {some} ..."
+        raise BadSample(reason, file=file, sample=sample)
+    return inside.astype(np.uint8)
+
+
+def image_to_tensor(image: UInt8[np.ndarray, "H W 3"], resolution: int) -> Float[Tensor, "3 R R"]:
+    """A picture in the network's frame: stretched to the square, bilinear with antialiasing.
+
+    Args:
+        image: uint8 RGB [H, W, 3].
+        resolution: R, in pixels.
+
+    Returns:
+        float32 [3, R, R] in [-1, 1].
+    """
+    import torch
+
+    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    return _stretch(pixels, (resolution, resolution)) / 127.5 - 1
+
+
+def mask_to_tensor(mask: UInt8[np.ndarray, "H W"], resolution: int) -> Float[Tensor, "3 R R"]:
+    """A mask in the network's frame: a pixel is mask where at least half of its area is; three equal channels.
+
+    Args:
+        mask: uint8 {0, 1} [H, W].
+        resolution: R, in pixels.
+
+    Returns:
+        float32 [3, R, R], exactly -1 and 1.
+    """
+    import torch
+
+    cover = Image.fromarray(mask.astype(np.float32)).resize((resolution, resolution), Image.Resampling.BOX)
+    inside = torch.from_numpy(np.asarray(cover) >= 0.5)
+    return (inside.float() * 2 - 1).expand(3, -1, -1).clone()
+
+
+def tensor_to_score(decoded: Float[Tensor, "*batch 3 R R"], size: tuple[int, int]) -> Float[Tensor, "*batch H W"]:
+    """A decoded mask as scores in the picture's frame: mean of the channels, clamped, resized bilinearly.
+
+    Args:
+        decoded: [..., 3, R, R], mask in [-1, 1], of any float type and on any device.
+        size: (H, W) of the picture.
+
+    Returns:
+        float32 [..., H, W] in [0, 1]; NaN stays NaN.
+    """
+    score = (decoded.float().mean(dim=-3).clamp(-1, 1) + 1) / 2
+    planes = score.reshape(-1, *score.shape[-2:])
+    return _stretch(planes, size).clamp(0, 1).reshape(*score.shape[:-2], *size)
+
+
+def rle_encode(mask: UInt8[np.ndarray, "H W"]) -> str:
+    """A mask, uint8 {0, 1} [H, W], as the compressed counts of COCO's run-length encoding."""
+    counts: bytes = coco.encode(np.asfortranarray(mask))["counts"]
+    return counts.decode("ascii")
+
+
+def rle_decode(counts: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The mask of COCO's compressed counts.
+
+    Args:
+        counts: As `rle_encode` gives them.
+        size: (H, W).
+
+    Returns:
+        uint8 {0, 1} [H, W].
+
+    Raises:
+        DataError: Not such counts, or of another size.
+    """
+    height, width = size
+    if not 0 < height * width <= MAX_PIXELS or min(size) < 1:
+        raise DataError(f"a mask of {height} x {width} pixels is outside 1 to {MAX_PIXELS:,}")
+    # pycocotools writes outside its buffer on damaged counts, so they are checked first.
+    runs = _runs(counts)
+    if runs is None or runs.min() < 0 or runs.sum() != height * width:
+        raise DataError(f"RLE counts {counts[:40]!a} don't describe a mask of {height} x {width} pixels")
+    mask: NDArray[np.uint8] = coco.decode({"counts": counts.encode("ascii"), "size": [height, width]})
+    return np.ascontiguousarray(mask)
+
+
+def list_images(folder: str | os.PathLike[str]) -> list[Path]:
+    """The pictures directly in a folder by suffix in any case, sorted by name; hidden files are left out.
+
+    Raises:
+        DataError: No such folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"{root}: not a folder")
+    return sorted(
+        p for p in root.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+    )
+
+
+def _open(source: Source, max_pixels: int) -> Image.Image:
+    """Reads the header and refuses too many pixels; the caller decodes and closes."""
+    stream = io.BytesIO(source) if isinstance(source, bytes) else source
+    image = Image.open(stream, formats=FORMATS)
+    width, height = image.size
+    if width * height > max_pixels:
+        image.close()
+        raise Image.DecompressionBombError(f"{width} x {height} pixels are more than the limit of {max_pixels:,}")
+    return image
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return f"not a picture in one of the formats {', '.join(FORMATS)}"
+    if isinstance(error, BOMB):
+        return f"too many pixels: {error}"
+    return f"can't be decoded: {error}"
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """Any mode as RGB, with transparency laid on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        return _grey16(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+
+
+def _grey16(image: Image.Image) -> Image.Image:
+    """16-bit grey, 0 to 65535, as 8-bit grey; Pillow's own conversion clips at 255 instead of scaling."""
+    # Pillow opens a 16-bit PGM as "I" after scaling it to 0..65535; any other "I" or "F" has no defined range.
+    if not (image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")):
+        raise ValueError(f"unsupported bit depth (mode {image.mode}): save it with 8 or 16 bits a channel")
+    wide = np.asarray(image).astype(np.uint32)
+    grey = (wide + 128) // 257
+    transparent = image.info.get("transparency")
+    return Image.fromarray(np.where(wide == transparent, 255, grey).astype(np.uint8))
+
+
+def _mask_values(image: Image.Image) -> NDArray[Any]:
+    """The numbers that a mask's file holds, [H, W]."""
+    if image.mode == "P" and {c for _, c in image.convert("RGB").getcolors(256) or ()} <= {(0,) * 3, (255,) * 3}:
+        image = image.convert("L")
+    if image.mode in ("RGBA", "LA"):
+        if image.getchannel("A").getextrema() != (255, 255):
+            raise ValueError("a mask must not be transparent anywhere")
+        image = image.convert(image.mode[:-1])
+    values = np.asarray(image)
+    if image.mode != "RGB":
+        return values
+    if (values != values[..., :1]).any():
+        raise ValueError("a mask must be grey, this one has colours")
+    return values[..., 0]
+
+
+def _stretch(planes: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear with antialiasing, [C, H, W] -> [C, *size]."""
+    from torch.nn.functional import interpolate
+
+    return interpolate(planes[None], size=size, mode="bilinear", antialias=True)[0]
+
+
+def _runs(counts: str) -> NDArray[np.int64] | None:
+    """Run lengths of COCO's compressed counts, or None if they can't be read.
+
+    Each number is little-endian in digits of 5 bits from chr(48) on; bit 5 says that another digit follows, bit 4 of
+    the last is the sign; from the fourth number on, each is the difference from the one two before.
+    """
+    digits = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
+    if digits.size == 0 or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
+        return None
+    last = digits & 32 == 0
+    ends = np.flatnonzero(last)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    place = np.arange(digits.size) - np.repeat(starts, ends - starts + 1)
+    if place.max() > 6:  # 35 bits: no mask has longer runs, and int64 can't overflow
+        return None
+    runs = np.add.reduceat((digits & 31) << (5 * place), starts)
+    runs -= np.where(digits[ends] & 16, 1 << (5 * (place[ends] + 1)), 0)
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    return runs

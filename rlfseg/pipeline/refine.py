@@ -1,0 +1,129 @@
+"""Refine: labels through SAM (Eq. 3, Algorithm 1), one embedding an image, all its objects in lockstep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlfseg import refine
+from rlfseg.config import RefineConfig, as_dict
+from rlfseg.images import rle_encode
+from rlfseg.pipeline.samples import LoadSample, open_samples
+from rlfseg.pipeline.stages import OK, Row, Rows, Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.refine import Answer, Prompt
+from rlfseg.sam import Embedding, SamModel
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("status", pa.string()),
+        ("shard", pa.string()),
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("captions", pa.list_(pa.string())),
+        ("n_phrases", pa.int32()),
+        ("bytes", pa.int64()),
+        ("masks", pa.list_(pa.string())),  # COCO RLE counts of the label to use
+        ("outcomes", pa.list_(pa.string())),  # `refined`, or `kept: ` and why
+        ("rounds", pa.list_(pa.int32())),
+        ("iou", pa.list_(pa.float32())),  # with the original
+        ("sam_iou", pa.list_(pa.float32())),  # SAM's own estimate; null where SAM wasn't asked
+    ]
+)
+INDEX_COLUMNS = ("id", "shard", "height", "width", "captions", "n_phrases", "bytes")
+
+
+def run(config: RefineConfig) -> Summary:
+    """Refines every label of `config.samples`.
+
+    Raises:
+        BadSample: A sample can't be read and `on_error` is `stop`.
+        ModelError: The SAM checkpoint can't be loaded.
+    """
+    samples = open_samples(config.samples)
+    out = Path(config.out).absolute()
+    settings = as_dict(config)
+    connect()
+    return run_stage(
+        Stage(
+            name="refine",
+            rows=samples.rows,
+            load=LoadSample(samples.folder),
+            work=Refiner,
+            kwargs={"config": config},
+            schema=SCHEMA,
+            out=out,
+            run=config.run,
+            gpus=gpus_per_worker(config.run, config.sam.device),
+            identity=samples.identity
+            | {k: settings[k] for k in ("anchors", "max_rounds", "tau", "guard", "seed")}
+            | {"sam": {k: settings["sam"][k] for k in ("checkpoint", "model")}},
+            on_error=config.on_error,
+            finalize=partial(_count, out),
+        )
+    )
+
+
+class Refiner:
+    """The per-image work: holds one SAM.
+
+    Args:
+        config: Algorithm 1's settings.
+        sam: A loaded SAM; default: the one that the config names.
+    """
+
+    def __init__(self, config: RefineConfig, sam: SamModel | None = None):
+        self.config = config
+        self.sam = sam or SamModel.load(config.sam)
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Rows with `image`, `labels` and `instances` in; columns of SCHEMA out."""
+        return [self._image(row) for row in rows]
+
+    def _image(self, row: Row) -> Row:
+        c = self.config
+        refined = refine.refine_image(
+            self._predict(self.sam.embed(row["image"])),
+            row["labels"],
+            row["instances"],
+            n_anchors=c.anchors,
+            max_rounds=c.max_rounds,
+            tau=c.tau,
+            guard=c.guard,
+            seed=c.seed,
+        )
+        return {k: row[k] for k in INDEX_COLUMNS} | {
+            "status": OK,
+            "masks": [rle_encode(r.mask) for r in refined],
+            "outcomes": [r.status for r in refined],
+            "rounds": [r.rounds for r in refined],
+            "iou": [r.iou for r in refined],
+            "sam_iou": [r.sam_iou for r in refined],
+        }
+
+    def _predict(self, embedding: Embedding) -> refine.Predict:
+        def predict(prompts: Sequence[Prompt]) -> list[Answer]:
+            points = np.stack([p.points for p in prompts])
+            if prompts[0].logits is None:
+                masks, low, iou = self.sam.predict(embedding, points, masks=np.stack([p.mask for p in prompts]))
+            else:
+                masks, low, iou = self.sam.predict(embedding, points, logits=np.stack([p.logits for p in prompts]))
+            return [Answer(mask=m, logits=z, iou=float(i)) for m, z, i in zip(masks, low, iou, strict=True)]
+
+        return predict
+
+
+def _count(out: Path, counts: Row) -> Row:
+    """Adds how many labels were refined, and why the others were kept."""
+    outcomes: dict[str, int] = {}
+    for path in (out / "data").glob("*.parquet"):
+        for row in pq.read_table(path, columns=["outcomes"]).to_pylist():
+            for outcome in row["outcomes"] or ():
+                outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    return counts | {"outcomes": outcomes}
+

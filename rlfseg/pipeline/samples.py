@@ -1,0 +1,82 @@
+"""Samples as stages read them: a folder of `prepare`, or one of `refine`, which adds a refined label a phrase."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlfseg import hdf5
+from rlfseg.errors import DataError
+from rlfseg.hdf5 import Reader
+from rlfseg.pipeline.stages import OK, Row, fingerprint, require_finished
+
+REFINED = ("masks", "outcomes")  # columns that refining adds to the index's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """A finished folder of samples.
+
+    Attributes:
+        folder: Folder of the HDF5 shards.
+        rows: Their index; with the columns of REFINED after refining.
+        fingerprint: Changes when the samples do.
+    """
+
+    folder: Path
+    rows: pa.Table
+    fingerprint: str
+
+    @property
+    def identity(self) -> Row:
+        """For a job's own identity."""
+        return {"samples": str(self.folder), "fingerprint": self.fingerprint}
+
+
+def open_samples(path: str | Path) -> Samples:
+    """Opens a folder of `prepare` or `refine`.
+
+    Raises:
+        DataError: It is neither, or not finished.
+    """
+    folder = Path(path).absolute()
+    if not folder.is_dir():
+        raise DataError(f"samples: no folder {folder}; `rlfseg prepare` writes one")
+    state = require_finished(folder)
+    if (folder / hdf5.INDEX).is_file():
+        return Samples(folder=folder, rows=hdf5.read_index(folder), fingerprint=fingerprint(folder))
+    source = Path(state["identity"]["samples"])
+    if not source.is_dir():
+        raise DataError(f"samples: {folder} was refined from {source}, which is gone; its pixels are needed")
+    parts = [pq.read_table(p) for p in sorted((folder / "data").glob("*.parquet"))]
+    rows = pa.concat_tables(parts)
+    rows = rows.filter(pa.compute.equal(rows["status"], OK)).sort_by("id")
+    return Samples(folder=source, rows=rows, fingerprint=fingerprint(folder))
+
+
+class LoadSample:
+    """Index row -> the same row with `image`, `captions`, `labels` and `instances` as arrays.
+
+    Args:
+        folder: Folder of the shards.
+    """
+
+    def __init__(self, folder: Path):
+        self.reader = Reader(folder)
+
+    def __call__(self, row: Row) -> Row:
+        """Reads one sample.
+
+        Raises:
+            BadSample: The file or the sample is damaged.
+        """
+        sample = self.reader.sample(row["shard"], row["id"])
+        return row | {
+            "image": sample.image,
+            "captions": [p.caption for p in sample.phrases],
+            "labels": [p.mask for p in sample.phrases],
+            "instances": [p.instances for p in sample.phrases],
+        }

@@ -1,0 +1,182 @@
+"""Segment Anything behind three functions: load, embed an image once, answer prompts of equal N in one call.
+
+Frames. `SAM's frame` is the padded square that its networks see: the image's long side resized to `img_size` (1024 in the
+released models), padded right and bottom. Low-res logits and mask prompts live in that frame at a quarter of its patch grid's
+resolution: side `4 * embedding side`, 256 for the released models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from safetensors.torch import load_file
+from segment_anything import sam_model_registry
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlfseg.config import SamConfig
+from rlfseg.device import choose_device
+from rlfseg.errors import ConfigError, ModelError
+
+TINY_WEIGHTS = Path(__file__).parent / "assets" / "sam" / "model.safetensors"
+PROMPT_LOGIT = 10.0  # SAM's own logits run from about -20 to +10, and its first LayerNorm saturates there
+CHUNK = 64  # prompts a decoder call: bounds the memory of masks at full size
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """An image as SAM's decoder wants it.
+
+    Attributes:
+        features: Float [1, C, h, w] of the image encoder.
+        input_size: (H, W) of the image inside SAM's frame.
+        original_size: (H, W) of the image itself.
+    """
+
+    features: Tensor
+    input_size: tuple[int, int]
+    original_size: tuple[int, int]
+
+
+class SamModel:
+    """A loaded SAM, ready to embed and to predict; holds no state between calls."""
+
+    def __init__(self, sam: Sam, device: torch.device | str = "cpu"):
+        self.sam = sam.to(device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, config: SamConfig) -> SamModel:
+        """Loads the shipped tiny SAM or an official checkpoint.
+
+        Raises:
+            ModelError: The file is missing or holds other weights.
+            ConfigError: The architecture is neither given nor in the file's name, or a GPU is asked for and there is none.
+        """
+        device = choose_device(config.device)
+        if config.checkpoint == "tiny":
+            sam = build_tiny()
+            sam.load_state_dict(_tiny_weights())
+            return cls(sam, device)
+        path = Path(config.checkpoint)
+        if not path.is_file():
+            raise ModelError(f"sam.checkpoint: no file {path}; give `tiny` or the path of an official sam_vit_*.pth")
+        sam = sam_model_registry[_architecture(path, config.model)]()
+        # weights_only: an official .pth is a pickle, and a pickle from anywhere may run code
+        sam.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return cls(sam, device)
+
+    @torch.no_grad()
+    def embed(self, image: UInt8[np.ndarray, "H W 3"]) -> Embedding:
+        """Runs the image encoder once for an RGB image of any size."""
+        size, side = image.shape[:2], self.sam.image_encoder.img_size
+        input_size = _fit(size, side)
+        pixels = torch.from_numpy(np.array(image)).to(self.sam.device).permute(2, 0, 1)[None].float()
+        pixels = functional.interpolate(pixels, input_size, mode="bilinear", antialias=True, align_corners=False)
+        return Embedding(self.sam.image_encoder(self.sam.preprocess(pixels)), input_size, (size[0], size[1]))
+
+    @torch.no_grad()
+    def predict(
+        self,
+        embedding: Embedding,
+        points: Float[np.ndarray, "B N 2"],
+        *,
+        masks: UInt8[np.ndarray, "B H W"] | None = None,
+        logits: Float[np.ndarray, "B h w"] | None = None,
+    ) -> tuple[UInt8[np.ndarray, "B H W"], Float[np.ndarray, "B h w"], Float[np.ndarray, " B"]]:
+        """Answers B prompts on one image, each N positive points and a mask.
+
+        Args:
+            embedding: Of the image.
+            points: Pixel coordinates (x, y) in the original image.
+            masks: Binary masks at original size, for the first round; or
+            logits: low-res logits of the round before, fed back unchanged.
+
+        Returns:
+            Binary masks at original size, low-res logits in SAM's frame, SAM's own estimates of IoU.
+        """
+        if (masks is None) == (logits is None):
+            raise ValueError("give either masks or logits")
+        prompt = self.mask_prompt(masks) if masks is not None else torch.from_numpy(np.array(logits))[:, None]
+        xy = torch.from_numpy(np.array(points, dtype=np.float32))
+        xy = (xy + 0.5) * (embedding.input_size[1] / embedding.original_size[1]) - 0.5  # pixel centres
+        parts = [self._decode(embedding, p, m) for p, m in zip(xy.split(CHUNK), prompt.split(CHUNK), strict=True)]
+        full, low, iou = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        return full, low, iou
+
+    def mask_prompt(self, masks: UInt8[np.ndarray, "B H W"]) -> Float[Tensor, "B 1 h w"]:
+        """Binary masks at original size -> logits of -10 and +10 in SAM's frame: long side fitted, padded right and bottom."""
+        side = 4 * self.sam.prompt_encoder.image_embedding_size[0]
+        size = _fit((masks.shape[1], masks.shape[2]), side)
+        soft = torch.from_numpy(np.array(masks)).float()[:, None]
+        soft = functional.interpolate(soft, size, mode="bilinear", antialias=True, align_corners=False)
+        logits = (soft * 2 - 1) * PROMPT_LOGIT
+        return functional.pad(logits, (0, side - size[1], 0, side - size[0]), value=-PROMPT_LOGIT)
+
+    def _decode(self, embedding: Embedding, points: Tensor, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        device = self.sam.device
+        labels = torch.ones(points.shape[:2], dtype=torch.int, device=device)
+        sparse, dense = self.sam.prompt_encoder(
+            points=(points.to(device), labels), boxes=None, masks=prompt.float().to(device)
+        )
+        low, iou = self.sam.mask_decoder(
+            image_embeddings=embedding.features,
+            image_pe=self.sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=False,  # several points leave nothing ambiguous
+        )
+        full = self.sam.postprocess_masks(low, embedding.input_size, embedding.original_size)
+        return (full[:, 0] > self.sam.mask_threshold).to(torch.uint8), low[:, 0].float(), iou[:, 0].float()
+
+
+def build_tiny() -> Sam:
+    """An untrained Sam of 1.2 M parameters: 128 px frame, patches of 8, so 16 x 16 embeddings and 64 x 64 logits."""
+    width, side, patch = 96, 128, 8
+    return Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=side,
+            patch_size=patch,
+            embed_dim=width,
+            depth=4,
+            num_heads=4,
+            out_chans=width,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=width,
+            image_embedding_size=(side // patch, side // patch),
+            input_image_size=(side, side),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            transformer_dim=width,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=width, num_heads=4, mlp_dim=256),
+            iou_head_hidden_dim=width,
+        ),
+    )
+
+
+def _tiny_weights() -> dict[str, Tensor]:
+    if not TINY_WEIGHTS.is_file():
+        raise ModelError(f"sam.checkpoint: the shipped weights are missing at {TINY_WEIGHTS}; install rlfseg again")
+    return {k: v.float() for k, v in load_file(TINY_WEIGHTS).items()}
+
+
+def _architecture(path: Path, named: str | None) -> str:
+    known = [name for name in ("vit_h", "vit_l", "vit_b") if name in (named or path.name)]
+    if not known:
+        raise ConfigError(f"sam.model: not told by the file name {path.name}; give one of vit_h, vit_l, vit_b")
+    return known[0]
+
+
+def _fit(size: tuple[int, ...], side: int) -> tuple[int, int]:
+    """(H, W) with the long side scaled to `side`, rounded half up as SAM does."""
+    scale = side / max(size[:2])
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))

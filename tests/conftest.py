@@ -1,0 +1,147 @@
+"""What all tests share: a safe environment, checked shapes, one Ray, and the fixtures that need either."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import hypothesis
+import jaxtyping
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+FAULT_ROW = re.compile(r"[a-z0-9]+(-[a-z]+)?-\d+")
+CORES = max(1, min(2, os.cpu_count() or 1))  # threads of the test process; Ray's workers set their own
+
+# Modules whose annotations give shapes. beartype checks each call into them, in this process only.
+SHAPED = (
+    "audit",
+    "backbone",
+    "datasets",
+    "draw",
+    "flow",
+    "hdf5",
+    "images",
+    "metrics",
+    "refine",
+    "sam",
+    "sampling",
+    "segmenter",
+    "training",
+)
+
+
+def _make_environment_safe() -> None:
+    """Nothing of the user's is read or written, nothing is fetched; child processes and Ray's workers inherit it."""
+    for name in [n for n in os.environ if n.startswith(("MLFLOW_", "RAY_", "HF_", "AWS_"))]:
+        del os.environ[name]
+    os.environ |= {
+        "HOME": tempfile.mkdtemp(prefix="rlfseg-home-"),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        "MPLCONFIGDIR": str(ROOT / ".cache" / "matplotlib"),  # kept: building the list of fonts takes seconds
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_AUTH_MODE": "disabled",  # on purpose: with a token, ray.init would write one into HOME
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what later versions of Ray do; else it warns
+    }
+
+
+_make_environment_safe()
+jaxtyping.install_import_hook([f"rlfseg.{module}" for module in SHAPED], "beartype.beartype").__enter__()
+
+# Speed is no property here: the machine may be busy. In CI the examples are the same each time.
+hypothesis.settings.register_profile(
+    "rlfseg",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("rlfseg")
+
+
+# --- hooks --------------------------------------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Checks the names of rows, and skips with a reason what this machine can't run."""
+    for item in items:
+        for marker in item.iter_markers("fault"):
+            if len(marker.args) != 1 or not FAULT_ROW.fullmatch(str(marker.args[0])):
+                raise pytest.UsageError(f"{item.nodeid}: fault() takes the id of one row, such as 'h5-key-01'")
+        if item.get_closest_marker("gpu") and not _has_gpu():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """With more threads than cores, small tensors crawl. torch is set only where a test has brought it in."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(CORES)
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:
+    """With `--collect-only -m fault`: the rows that tests stand for."""
+    if not (config.option.collectonly and "fault" in (config.option.markexpr or "")):
+        return []
+    rows = sorted((m.args[0], item.nodeid.split("[")[0]) for item in items for m in item.iter_markers("fault"))
+    named = dict.fromkeys(rows)
+    return [f"{row:14} {test}" for row, test in named] + [f"{len({row for row, _ in rows})} rows"]
+
+
+def pytest_unconfigure() -> None:
+    """Removes the home of this run."""
+    home = os.environ["HOME"]
+    if "rlfseg-home-" in home:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+# --- fixtures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def ray() -> Iterator[ModuleType]:
+    """The module `ray`, started: one start takes 10 s, so all tests share it. 8 *logical* CPUs on any machine."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=0,
+        object_store_memory=300_000_000,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+    )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    yield ray
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real data that lies beside some checkouts: photographs, annotations in their native formats, CRDs."""
+    if not SHARED.is_dir():
+        pytest.skip("../shared/data is absent: the real photographs and annotations are not part of the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Folder of the repository."""
+    return ROOT
