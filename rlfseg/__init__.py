@@ -1,7 +1,7 @@
 """rlfseg: pixel-exact masks from words, by rectified flow in one step.
 
-    from rlfseg import Segmenter
-    masks = Segmenter.load("tiny")("picture.jpg", ["red ring"])
+from rlfseg import Segmenter
+masks = Segmenter.load("tiny")("picture.jpg", ["red ring"])
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The adapter folder: what training makes and everything else loads.
 
-    adapter_config.json, adapter_model.safetensors   peft's own, exact by `PeftModel.from_pretrained(pipe.unet, folder)`
-    or unet/                                         diffusers' own, after full fine-tuning
-    rlfseg.yaml                                      `Card`: base, resolution, calibration, figures, settings
-    README.md                                        the model card, for people
+adapter_config.json, adapter_model.safetensors   peft's own, exact by `PeftModel.from_pretrained(pipe.unet, folder)`
+or unet/                                         diffusers' own, after full fine-tuning
+rlfseg.yaml                                      `Card`: base, resolution, calibration, figures, settings
+README.md                                        the model card, for people
 """
 
 from __future__ import annotations

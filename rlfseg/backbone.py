@@ -53,7 +53,13 @@ class Backbone:
     """
 
     def __init__(
-        self, source: Path, *, resolution: int, device: str, dtype: torch.dtype, unet: UNet2DConditionModel | None = None
+        self,
+        source: Path,
+        *,
+        resolution: int,
+        device: str,
+        dtype: torch.dtype,
+        unet: UNet2DConditionModel | None = None,
     ):
         self.source, self.resolution, self.device, self.dtype = source, resolution, device, dtype
         # fp16 on disk is only storage: the autoencoder overflows in fp16, LoRA needs fp32 beside it
@@ -253,4 +259,3 @@ def _download(name: str) -> Path:
             f"check the name and the network, or give a local diffusers folder: {error}"
         ) from error
     return Path(folder)
-

@@ -31,11 +31,20 @@ PALETTE: tuple[Colour, ...] = (
     (255, 95, 30),
     (0, 205, 205),
     (190, 215, 0),
+    (35, 60, 170),
+    (150, 75, 20),
+    (255, 175, 205),
+    (0, 95, 60),
+    (125, 0, 40),
+    (175, 165, 255),
+    (105, 105, 0),
+    (85, 85, 95),
 )
 PAPER: Colour = (255, 255, 255)
 INK: Colour = (32, 32, 36)
 FAINT: Colour = (120, 120, 128)
 MIN_SIDE = 384  # pixels of the picture's width below which it is enlarged
+MAX_HEIGHT = 2048  # to which a picture is enlarged at most
 FONT_SIZE = 15
 GAP = 10
 BAND = 9  # pixels, along x, of the bands in which overlapping masks alternate
@@ -74,7 +83,7 @@ def overlay(
     Returns:
         uint8 RGB [H', W', 3]: the enlarged image and the legend below it.
     """
-    factor = max(1, -(-min_width // image.shape[1]))
+    factor = max(1, min(-(-min_width // image.shape[1]), MAX_HEIGHT // image.shape[0]))
     canvas = _enlarge(image, factor)
     inside = [np.kron(mask > 0, np.ones((factor, factor), dtype=bool)) for mask in masks]
     for i, tint in enumerate(_share_out(inside, BAND)):
@@ -84,7 +93,8 @@ def overlay(
         canvas[_grown(mask) & ~mask] *= 0.35
     for i, line in enumerate(_share_out([mask & ~_shrunk(mask) for mask in inside], BAND)):
         canvas[line] = colour(i)
-    picture = canvas.round().astype(np.uint8)
+    margin = max(0, min_width - canvas.shape[1])  # beside a picture that is tall and narrow
+    picture = np.pad(canvas.round().astype(np.uint8), ((0, 0), (0, margin), (0, 0)), constant_values=255)
     return np.concatenate([picture, legend(captions, picture.shape[1], notes=notes)])
 
 
@@ -123,14 +133,14 @@ def legend(captions: Sequence[str], width: int, *, notes: Sequence[str] = ()) ->
 
 
 def contact_sheet(
-    rows: Sequence[Sequence[Picture]], *, columns: Sequence[str] = (), titles: Sequence[str] = (), cell: int = MIN_SIDE
+    rows: Sequence[Sequence[Picture]], *, titles: Sequence[str] = (), notes: Sequence[str] = (), cell: int = MIN_SIDE
 ) -> Picture:
     """Pictures in a grid on white, such as image, label, refined label and prediction of some samples.
 
     Args:
         rows: Pictures, uint8 RGB, of any sizes; rows may differ in length.
-        columns: A heading for each column; empty: none.
-        titles: A title above each row; empty: none.
+        titles: A heading for each column; empty: none.
+        notes: A line above each row; empty: none.
         cell: Width in pixels to which every picture is scaled.
 
     Returns:
@@ -139,18 +149,18 @@ def contact_sheet(
     font, head = _font(FONT_SIZE), FONT_SIZE + GAP
     scaled = [[_to_width(picture, cell) for picture in row] for row in rows]
     heights = [max((p.height for p in row), default=0) for row in scaled]
-    across = max([len(row) for row in rows] + [len(columns), 1])
-    extra = head if titles else 0
-    size = (across * (cell + GAP) + GAP, (head if columns else GAP) + sum(heights) + len(rows) * (GAP + extra))
+    across = max([len(row) for row in rows] + [len(titles), 1])
+    extra = head if notes else 0
+    size = (across * (cell + GAP) + GAP, (head if titles else GAP) + sum(heights) + len(rows) * (GAP + extra))
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    for j, text in enumerate(columns):
+    for j, text in enumerate(titles):
         place = GAP + j * (cell + GAP) + cell / 2
         pen.text((place, head / 2), _fit(text, cell, font), fill=INK, font=font, anchor="mm")
-    y = head if columns else GAP
+    y = head if titles else GAP
     for i, row in enumerate(scaled):
-        if titles:
-            pen.text((GAP, y + extra / 2), _fit(titles[i], size[0] - 2 * GAP, font), fill=FAINT, font=font, anchor="lm")
+        if notes:
+            pen.text((GAP, y + extra / 2), _fit(notes[i], size[0] - 2 * GAP, font), fill=FAINT, font=font, anchor="lm")
         for j, picture in enumerate(row):
             sheet.paste(picture, (GAP + j * (cell + GAP), y + extra))
         y += heights[i] + GAP + extra
@@ -202,6 +212,7 @@ def curves(
     axes.margins(y=0.12)
     if len(series) > 1 or marks:
         axes.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     return path
 
@@ -228,7 +239,8 @@ def iou_by_threshold(path: Path, thresholds: ArrayLike, ious: Mapping[str, Array
 
 
 def save(path: Path, picture: Picture) -> Path:
-    """Writes a picture, uint8 RGB [H, W, 3], as a PNG and returns the path."""
+    """Writes a picture, uint8 RGB [H, W, 3], as a PNG, makes the folder if need be, and returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture).save(path)
     return path
 

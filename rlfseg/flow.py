@@ -53,7 +53,7 @@ def flow_loss(
 def sample_time(
     mode: Literal["uniform", "one", "mixed"], seed: int, epoch: int, ids: Sequence[str]
 ) -> Float32[Tensor, " B"]:
-    """One t a sample, a pure function of (seed, epoch, id): the same on any worker, in any order and after a resume.
+    """Section 3.2: one t a sample, a pure function of (seed, epoch, id): the same on any worker and after a resume.
 
     Args:
         mode: `uniform`: t ~ U[0, 1), the paper's (3.2); `one`: t = 1, the only time that one-step sampling asks for;
@@ -61,6 +61,9 @@ def sample_time(
         seed: The run's seed.
         epoch: Number of the epoch; every epoch draws anew.
         ids: One id a sample.
+
+    Returns:
+        Times in [0, 1], float32, in the order of the ids.
     """
     u = torch.tensor([_hash_to_unit(f"{seed}/{epoch}/{i}") for i in ids], dtype=torch.float32)
     return {"uniform": u, "one": torch.ones_like(u), "mixed": (2 * u).clamp(max=1)}[mode]

@@ -119,7 +119,7 @@ def to_binary(array: NDArray[Any], *, file: str, sample: str | None = None) -> N
         sample: Its id, for errors.
 
     Returns:
-        uint8 {0, 1} [H, W], a new array.
+        uint8 {0, 1} [H, W]; the array itself where it is that already.
 
     Raises:
         BadSample: Other values, rank or type, or no pixels.
@@ -127,8 +127,10 @@ def to_binary(array: NDArray[Any], *, file: str, sample: str | None = None) -> N
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "biuf":
         found = f"{array.dtype} of shape {array.shape}"
         raise BadSample(f"a mask must be numbers [height, width], this is {found}", file=file, sample=sample)
-    inside: NDArray[np.bool_] = array != 0
     top = array.max()
+    if array.dtype == np.uint8 and top <= 1:  # the common case
+        return array
+    inside: NDArray[np.bool_] = array != 0
     if top not in (0, 1, 255) or not np.array_equal(inside, array == (top or 1)):
         some = ", ".join(str(v) for v in np.unique(array)[:5])
         reason = f"a mask must hold only 0 and 1, or only 0 and 255; this one holds {some} ..."
@@ -206,12 +208,12 @@ def rle_decode(counts: str, size: tuple[int, int]) -> NDArray[np.uint8]:
     height, width = size
     if not 0 < height * width <= MAX_PIXELS or min(size) < 1:
         raise DataError(f"a mask of {height} x {width} pixels is outside 1 to {MAX_PIXELS:,}")
-    # pycocotools writes outside its buffer on damaged counts, so they are checked first.
+    # Not by pycocotools: its decoder writes outside its buffer where the counts are damaged.
     runs = _runs(counts)
     if runs is None or runs.min() < 0 or runs.sum() != height * width:
         raise DataError(f"RLE counts {counts[:40]!a} don't describe a mask of {height} x {width} pixels")
-    mask: NDArray[np.uint8] = coco.decode({"counts": counts.encode("ascii"), "size": [height, width]})
-    return np.ascontiguousarray(mask)
+    column_major: NDArray[np.uint8] = np.repeat(np.arange(runs.size) % 2, runs).astype(np.uint8)
+    return np.ascontiguousarray(column_major.reshape(width, height).T)
 
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:

@@ -19,7 +19,8 @@ from scipy import ndimage
 
 from rlfseg.errors import DataError
 
-Score = Float32[NDArray[np.float32], "H W"] | Float64[NDArray[np.float64], "H W"]
+# Axes of their own: scores and mask that differ in size are a caller's error, and get a DataError.
+Score = Float32[NDArray[np.float32], "h w"] | Float64[NDArray[np.float64], "h w"]
 Mask = UInt8[NDArray[np.uint8], "H W"] | Bool[NDArray[np.bool_], "H W"]
 Counts = NDArray[np.int64]
 
@@ -48,13 +49,23 @@ def boundary_iou(pred: Mask, truth: Mask, dilation: float = 0.02) -> float:
         pred: Predicted mask.
         truth: True mask.
         dilation: Width of the border as a fraction of the image's diagonal; at least a pixel.
+
+    Returns:
+        In [0, 1]; 1 if both masks are empty.
     """
     width = max(1, round(dilation * float(np.hypot(*truth.shape))))
     return iou(_border(pred, width), _border(truth, width))
 
 
 def score_histograms(score: Score, truth: Mask) -> Int64[NDArray[np.int64], "2 bins"]:
-    """Counts the pixels outside (row 0) and inside (row 1) of the true mask in 2 x 1,024 bins of rising score.
+    """Counts the pixels of each score, apart for the outside and the inside of the true mask.
+
+    Args:
+        score: Scores at the mask's size.
+        truth: True mask.
+
+    Returns:
+        Negatives and positives in 2 x 1,024 bins of rising score, int64 [2, 2048].
 
     Raises:
         DataError: A score is NaN or outside [0, 1], or the shapes differ.
@@ -71,6 +82,9 @@ def average_precision(histograms: Int64[NDArray[np.int64], "2 bins"]) -> float:
 
     Args:
         histograms: Negatives and positives by rising score, as from `score_histograms` or a sum of such.
+
+    Returns:
+        In [0, 1]: the AP of the scores as they are binned.
     """
     negatives, positives = histograms[:, ::-1]
     tp, fp = positives.cumsum(), negatives.cumsum()
@@ -148,12 +162,15 @@ class Sums:
         return self.iou_by_threshold / (UNIT * max(self.n_samples, 1))
 
     def results(self) -> dict[str, float]:
-        """All measures by name; all but the counts and `best_threshold` are in [0, 1], more is better.
+        """All measures by name.
 
         `miou` and `oiou` are at the given threshold: the mean of the samples' IoU, and all intersections over all
         unions. `best_miou` is the highest mean over THRESHOLDS, with one `best_threshold` for the whole set. `p@k` is
         the share of samples with IoU >= k. `ap_pooled` is over all pixels of the set, `ap_sample` the mean over the
         samples whose true mask isn't empty; both are 0 where there is none.
+
+        Returns:
+            Fractions in [0, 1], where more is better, `best_threshold`, and the counts `n_samples` and `n_empty_truth`.
 
         Raises:
             DataError: No sample was measured.

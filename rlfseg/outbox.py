@@ -1,16 +1,21 @@
-"""Deliveries that wait while the other side is away: all that tracking knows of outages, without MLflow."""
+"""Deliveries that wait while the other side is away: what tracking knows of outages and names, without MLflow."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import logging
+import posixpath
+import re
 import time
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 PAUSE = 30.0  # seconds between two tries while the other side is away
 NUMBERS_A_CALL = 1000
+LONGEST_NAME = 250  # what MLflow takes
 MOST_KEPT = 200_000  # numbers in memory during an outage: some 60 MB
 
 logger = logging.getLogger(__name__)
@@ -26,12 +31,26 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Number:
-    """One value of a metric at a step; `time` is in milliseconds since 1970."""
+    """One value of a metric at a step; `key` is as `metric_name` makes it, `time` in milliseconds since 1970."""
 
     key: str
     value: float
     step: int
     time: int
+
+
+def metric_name(name: str) -> str:
+    """The name under which MLflow keeps a metric or parameter, the same in every process; a kept name stays as it is.
+
+    `p@0.5` becomes `p_at_0.5`, and `IoU[person]` becomes `IoU/person`, which MLflow's pages group. Any other character
+    that MLflow refuses becomes `_`, and then the name ends in six digits of its hash: two names never become one.
+    """
+    name = unicodedata.normalize("NFC", name)
+    plain = re.sub(r"\[([^\[\]/]+)\]$", r"/\1", name.replace("@", "_at_"))
+    clean = posixpath.normpath(re.sub(r"[^/\w.\- :]", "_", plain)).lstrip("/.") or "_"
+    if clean == plain and len(clean) <= LONGEST_NAME:
+        return clean
+    return f"{clean[: LONGEST_NAME - 7]}-{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
 
 
 class Outbox:

@@ -39,6 +39,9 @@ SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(AnyType(), "image"), ColSpec(DataType.string, "phrase")]),
     outputs=Schema([ColSpec(kind, name) for name, kind in COLUMNS.items()]),
 )
+# A grey picture of 2 x 2 pixels; MLflow stores it beside the model, as a request that works.
+PIXELS = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAAAAABX3VL4AAAADklEQVR42mNsYGBiYAAAApIAhOoU7S4AAAAASUVORK5CYII="
+EXAMPLE = {"image": [PIXELS], "phrase": ["red ring"]}
 PACKAGES = ("mlflow", "torch", "diffusers", "transformers", "peft", "numpy", "pandas", "pillow", "pycocotools")
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from numpy.typing import NDArray
 from scipy import ndimage
-from scipy.spatial import KDTree
 from sklearn.cluster import KMeans
 
 from rlfseg.config import GuardConfig
@@ -106,7 +105,7 @@ def anchors(mask: Mask, n: int, seed: int, max_pixels: int = 4096) -> Points:
         seen = np.random.default_rng(seed).choice(pixels, max_pixels, replace=False)
     centres = KMeans(n, n_init=1, random_state=seed).fit(seen.astype(np.float64)).cluster_centers_
     # A ring's centre isn't on the ring. Rounded, so that a tie doesn't hang on the order in which threads add up.
-    _, nearest = KDTree(pixels).query(centres.round(6))
+    nearest = [np.square(pixels - centre).sum(axis=1).argmin() for centre in centres.round(6)]
     return np.unique(pixels[nearest], axis=0).astype(np.float32)
 
 
@@ -117,7 +116,7 @@ def iou(a: Mask, b: Mask) -> float:
 
 
 def iterate(mask: Mask, points: Points, max_rounds: int, tau: float) -> Generator[Prompt, Answer, Refinement]:
-    """Algorithm 1 for one object: yields prompts, is sent answers, returns M_refine.
+    """Algorithm 1 for one object, free of I/O.
 
     Args:
         mask: M_0.
@@ -125,8 +124,9 @@ def iterate(mask: Mask, points: Points, max_rounds: int, tau: float) -> Generato
         max_rounds: T_max, 1 or more.
         tau: Stop when two rounds' masks agree to this IoU.
 
-    Yields:
-        The prompt of each round, with M_0 first and then SAM's own logits.
+    Returns:
+        A generator that yields each round's prompt, with M_0 in the first and SAM's own logits thereafter, is sent
+        SAM's answers, and returns M_refine.
     """
     previous, prompt = mask, Prompt(points=points, mask=mask)
     for t in range(1, max_rounds + 1):
@@ -160,7 +160,7 @@ def refine_image(
     Args:
         predict: SAM on this image.
         masks: A mask a phrase.
-        instances: A phrase's objects, whose OR is its mask; None: the mask's connected components.
+        instances: A phrase's objects, whose OR is its mask; None or no object: the mask's connected components.
         n_anchors: N of Eq. 3.
         max_rounds: T_max of Algorithm 1.
         tau: tau of Algorithm 1.
@@ -170,7 +170,7 @@ def refine_image(
     Returns:
         One result a phrase, in their order.
     """
-    objects = [_components(m, guard) if i is None else i for m, i in zip(masks, instances, strict=True)]
+    objects = [i if i is not None and len(i) else _components(m, guard) for m, i in zip(masks, instances, strict=True)]
     flat = [_refine_object(o, n_anchors, max_rounds, tau, guard, seed) for phrase in objects for o in phrase]
     outcomes = iter(_lockstep(predict, flat))
     return [_join(m, o, [next(outcomes) for _ in o]) for m, o in zip(masks, objects, strict=True)]

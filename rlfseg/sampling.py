@@ -56,6 +56,9 @@ def euler(
         text: Text states.
         steps: K, 1 or more.
         dz: The single step of Eq. 5 where it is known already; it saves the first of the K calls.
+
+    Returns:
+        Mask latents.
     """
     dz = one_step(v, z1, text)[1] if dz is None else dz
     z = z1 + dz / steps
@@ -141,6 +144,9 @@ def sample(
         gamma_max: Upper limit of gamma; None: none, as in the paper.
         hss_steps: K of HSS.
         z_black: Latent of a black image of the same size, by the autoencoder of the training latents; needed by AOS.
+
+    Returns:
+        Mask latents, with gamma 0 where nothing is rescaled.
 
     Raises:
         ConfigError: Rescaling of more than one step, or without `eps` or `z_black`.

@@ -1,8 +1,8 @@
 """Masks from words: the front door for Python users, and what every stage and service calls.
 
-    from rlfseg import Segmenter
-    results = Segmenter.load("tiny")("picture.jpg", ["red ring", "blue star"])
-    results[0].mask     # uint8 {0, 1} [H, W], the picture's own size
+from rlfseg import Segmenter
+results = Segmenter.load("tiny")("picture.jpg", ["red ring", "blue star"])
+results[0].mask     # uint8 {0, 1} [H, W], the picture's own size
 """
 
 from __future__ import annotations
@@ -103,7 +103,12 @@ class Segmenter:
         return cls(backbone, card)
 
     def __call__(
-        self, image: Picture, phrases: Sequence[str], *, sampling: SamplingConfig | None = None, threshold: float | None = None
+        self,
+        image: Picture,
+        phrases: Sequence[str],
+        *,
+        sampling: SamplingConfig | None = None,
+        threshold: float | None = None,
     ) -> list[Result]:
         """One result a phrase, in order, at the picture's own size.
 

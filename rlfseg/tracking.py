@@ -1,8 +1,8 @@
 """Runs in MLflow: parameters, metrics, artifacts and models. The only file that talks to a tracking server.
 
-A job must not die of its bookkeeping: once a run is open, nothing here raises because the server is away. What it
-didn't take is kept and offered again (`outbox`); numbers still unsent at the end go to a JSON-lines file. All of
-it goes through `MlflowClient`, never MLflow's "active run": that belongs to one thread, Ray Train's loop to another.
+A job must not die of its bookkeeping: once a run is open, nothing raises because the server is away. What it didn't
+take is kept (`outbox`); numbers still unsent at the end go to a JSON-lines file. All goes through `MlflowClient`,
+never MLflow's "active run", which belongs to one thread, and Ray Train's loop to another.
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ import json
 import logging
 import math
 import os
-import posixpath
-import re
+import runpy
 import tempfile
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import mlflow.artifacts
-import mlflow.pyfunc
+import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, ModelSignature
+from mlflow.models import Model
+from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context import registry as context
 from sqlalchemy.exc import SQLAlchemyError
@@ -37,21 +34,18 @@ from sqlalchemy.exc import SQLAlchemyError
 from rlfseg.config import TrackingConfig, flatten
 from rlfseg.errors import ConfigError, ModelError
 from rlfseg.outbox import Away, Number, Outbox, Refused
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+from rlfseg.outbox import metric_name as metric_name
 
 PARENT = "mlflow.parentRunId"  # MLflow's own: nests the run in its pages
 TRAINING_RUN = "rlfseg.training_run"  # the same id under a name that people can search for
-NONFINITE = "rlfseg.nonfinite."
-TRUNCATED = "rlfseg.truncated_params"
-LONGEST_NAME, LONGEST_TAG = 250, 5000
-LONGEST_PARAM, PARAMS_A_CALL = 1000, 100  # MLflow takes 6,000 characters, but no more than 1 MB a request
+NONFINITE, TRUNCATED = "rlfseg.nonfinite.", "rlfseg.truncated_params"
+LONGEST_TAG, LONGEST_PARAM, PARAMS_A_CALL = 5000, 1000, 100  # MLflow takes 8,000, 6,000, and 1 MB a request
+CUT = "cut here, whole in config.yaml]"
 RUNS = Path("runs")  # in the working directory of the moment
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
 # MLflow's own (7 retries, backoff 2, 120 s) hold a training step for minutes; with these an outage costs 3 s a try.
 PATIENCE = {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "20"}
-
 logger = logging.getLogger(__name__)
 
 
@@ -77,20 +71,6 @@ def resolve_uri(uri: str | None = None, default_dir: Path = RUNS) -> str:
     return f"sqlite:///{Path(rest.removeprefix('///')).absolute()}" if scheme == "sqlite" else uri
 
 
-def metric_name(name: str) -> str:
-    """The name under which MLflow keeps a metric or parameter, the same in every process; a kept name stays as it is.
-
-    `p@0.5` becomes `p_at_0.5`, and `IoU[person]` becomes `IoU/person`, which MLflow's pages group. Any other character
-    that MLflow refuses becomes `_`, and then the name ends in six digits of its hash: two names never become one.
-    """
-    name = unicodedata.normalize("NFC", name)
-    plain = re.sub(r"\[([^\[\]/]+)\]$", r"/\1", name.replace("@", "_at_"))
-    clean = posixpath.normpath(re.sub(r"[^/\w.\- :]", "_", plain)).lstrip("/.") or "_"
-    if clean == plain and len(clean) <= LONGEST_NAME:
-        return clean
-    return f"{clean[: LONGEST_NAME - 7]}-{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
-
-
 def _artifact_location(uri: str, default_dir: Path) -> str | None:
     """Where a new experiment keeps its files: beside a database of ours; a server decides itself."""
     if uri.startswith(("http", "databricks")):
@@ -105,14 +85,16 @@ class Run:
     As a context manager it ends as FINISHED, FAILED (an exception) or KILLED (Ctrl-C). An attached run only sends what
     is left: the status belongs to the driver. A run that is off (`id` is None) takes every call and does nothing.
 
-    Attributes:
-        id: MLflow's run id, or None where nothing is recorded.
+    Args:
         uri: Tracking URI, absolute; with `id` it is all that another process needs.
+        run_id: MLflow's run id, kept as `id`; None: nothing is recorded.
+        attached: Skip steps that MLflow has, and leave the status alone.
+        unsent: File for numbers that stay unsent; None: one in ./runs.
     """
 
     def __init__(self, uri: str, run_id: str | None = None, *, attached: bool = False, unsent: Path | None = None):
         self.uri, self.id = uri, run_id
-        self._attached, self._id = attached, run_id or ""
+        self._id, self._resumed, self._owned = run_id or "", attached, not attached
         self._monitor: SystemMetricsMonitor | None = None
         self._outbox: Outbox | None = None
         self._nonfinite: dict[str, tuple[int, str]] = {}
@@ -185,26 +167,32 @@ class Run:
             run_id: Its `id`; None gives a run that is off.
             node: If given, this machine's load is logged too, as `system/NODE/...`.
             default_dir: Folder for numbers that stay unsent.
+
+        Returns:
+            The run; end it too, so that nothing stays behind.
         """
         unsent = default_dir.absolute() / f"unsent-{run_id}-{os.getpid()}.jsonl"
         run = cls(uri, run_id, attached=True, unsent=unsent)
-        if node is not None and run_id is not None:
+        if node is not None:
             run._watch(node)
         return run
 
-    def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Logs numbers at a step, in one call; NaN and infinity are counted in the tag `rlfseg.nonfinite.NAME` instead.
+    @classmethod
+    def resume(cls, uri: str, run_id: str, *, default_dir: Path = RUNS) -> Run:
+        """Reopens the run of an earlier, interrupted life of this driver: as `attach`, but this process ends it."""
+        run = cls.attach(uri, run_id, default_dir=default_dir)
+        run._owned = True
+        run._call("the run's status", lambda client, run: client.update_run(run, "RUNNING"))
+        run._watch()
+        return run
 
-        Args:
-            values: Name to value; names go through `metric_name`.
-            step: Optimiser step, 0 or more; 0 for a result.
-        """
-        if self._outbox is None:
-            return
-        now = int(time.time() * 1000)
-        numbers = [Number(metric_name(name), float(value), step, now) for name, value in values.items()]
-        tags = dict(self._count_nonfinite(n) for n in numbers if not math.isfinite(n.value))
-        self._outbox.add([n for n in numbers if math.isfinite(n.value)], tags)
+    def log_metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Logs numbers, by name, at an optimiser step (0 for a result); NaN and infinity are only counted, in a tag."""
+        if self._outbox is not None:
+            now = int(time.time() * 1000)
+            numbers = [Number(metric_name(name), float(value), step, now) for name, value in values.items()]
+            tags = dict(self._count_nonfinite(n) for n in numbers if not math.isfinite(n.value))
+            self._outbox.add([n for n in numbers if math.isfinite(n.value)], tags)
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags; values are cut at 5,000 characters."""
@@ -223,12 +211,12 @@ class Run:
         """Stores a tree of plain values as the artifact `name`: YAML or JSON, by its ending."""
         self._call(f"artifact {name}", lambda client, run: client.log_dict(run, dict(tree), name))
 
-    def end(self, status: Status = "FINISHED") -> None:
+    def end(self, status: Literal["FINISHED", "FAILED", "KILLED"] = "FINISHED") -> None:
         """Sends what is left and closes the run (not so an attached one). A second call does nothing."""
         if self._monitor is not None:
             self._monitor.finish()
         if self._outbox is not None:
-            last = None if self._attached else self._answering(lambda client, run: client.set_terminated(run, status))
+            last = self._answering(lambda client, run: client.set_terminated(run, status)) if self._owned else None
             self._outbox.close("the run's status", last)
         self._outbox = self._monitor = None
 
@@ -236,8 +224,7 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        killed = kind is not None and issubclass(kind, KeyboardInterrupt)
-        self.end("KILLED" if killed else "FINISHED" if kind is None else "FAILED")
+        self.end("FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED")
 
     def _deliver(self, numbers: Sequence[Number], tags: Mapping[str, str]) -> None:
         with _answers():
@@ -246,9 +233,8 @@ class Run:
 
     def _last_step(self, key: str) -> int:
         """The last step of a metric from an earlier life of this process, else -1; asked for once a metric."""
-        if self._attached and key not in self._last:
-            history = self._client.get_metric_history(self._id, key)
-            self._last[key] = max((m.step for m in history), default=-1)
+        if self._resumed and key not in self._last:
+            self._last[key] = max((m.step for m in self._client.get_metric_history(self._id, key)), default=-1)
         return self._last.get(key, -1)
 
     def _call(self, what: str, call: Callable[[MlflowClient, str], object]) -> None:
@@ -260,11 +246,15 @@ class Run:
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         self.log_dict(params, "config.yaml")
-        texts = {metric_name(key): _text(value) for key, value in flatten(dict(params)).items()}
-        entries = [Param(key, _cut(text)) for key, text in texts.items()]
-        for i in range(0, len(entries), PARAMS_A_CALL):
-            self._call("parameters", functools.partial(_send_params, entries[i : i + PARAMS_A_CALL]))
-        long = [key for key, text in texts.items() if len(text) > LONGEST_PARAM]
+        texts = {metric_name(key): _param(value) for key, value in flatten(dict(params)).items()}
+        entries = [Param(key, text) for key, text in texts.items()]
+
+        def send(client: MlflowClient, run: str) -> None:
+            for i in range(0, len(entries), PARAMS_A_CALL):
+                client.log_batch(run, params=entries[i : i + PARAMS_A_CALL])
+
+        self._call("parameters", send)
+        long = [key for key, text in texts.items() if text.endswith(CUT)]
         if long:
             self.set_tags({TRUNCATED: ", ".join(long)})
 
@@ -276,10 +266,13 @@ class Run:
         return metric_name(NONFINITE + n.key), f"{count + 1}, first {first}"
 
     def _watch(self, node: str | None = None) -> None:
-        logging.getLogger(SystemMetricsMonitor.__module__).setLevel(logging.WARNING)  # it tells of each start and stop
-        again = node is not None
-        self._monitor = SystemMetricsMonitor(self.id, resume_logging=again, node_id=node, tracking_uri=self.uri)
-        self._monitor.start()
+        if self.id is not None:
+            logging.getLogger(SystemMetricsMonitor.__module__).setLevel(
+                logging.WARNING
+            )  # it tells of each start and stop
+            at = {"node_id": node, "tracking_uri": self.uri}
+            self._monitor = SystemMetricsMonitor(self.id, resume_logging=self._resumed, **at)
+            self._monitor.start()
 
 
 @contextlib.contextmanager
@@ -291,14 +284,13 @@ def _answers(final: Sequence[int] = (400,)) -> Iterator[None]:
     """
     for key, value in PATIENCE.items():
         os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{key}", value)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     try:
         yield
     except MlflowException as error:
         raise (Refused if error.get_http_status_code() in final else Away)(_line(error)) from error
-    except FileNotFoundError as error:  # what should be uploaded is gone
-        raise Refused(_line(error)) from error
-    except (SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors
-        raise Away(_line(error)) from error
+    except (SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors; a file to upload may be gone
+        raise (Refused if isinstance(error, FileNotFoundError) else Away)(_line(error)) from error
 
 
 def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
@@ -317,16 +309,9 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
     return str(found.experiment_id)
 
 
-def _send_params(params: Sequence[Param], client: MlflowClient, run_id: str) -> None:
-    client.log_batch(run_id, params=params)
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def _cut(text: str) -> str:
-    tail = f" ... [cut: {len(text)} characters, whole in config.yaml]"
+def _param(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    tail = f" ... [{len(text)} characters, {CUT}"
     return text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - len(tail)] + tail
 
 
@@ -335,23 +320,15 @@ def _line(error: BaseException) -> str:
 
 
 def log_model_folder(
-    run: Run,
-    folder: Path,
-    code: Path,
-    *,
-    signature: ModelSignature,
-    packages: Sequence[str],
-    name: str = "rlfseg",
-    code_paths: Sequence[Path] = (),
+    run: Run, folder: Path, code: Path, *, name: str = "rlfseg", code_paths: Sequence[Path] = ()
 ) -> str | None:
     """Logs an adapter folder as an MLflow model, from code and without network; `mlflow.pyfunc.load_model` serves it.
 
     Args:
         run: The run that made the adapter.
         folder: Adapter folder; the code finds it as `context.artifacts["adapter"]`.
-        code: Python file that sets the model: `rlfseg/pyfunc_model.py`.
-        signature: Columns in and out.
-        packages: Distributions that the model needs; the versions installed here become its requirements.
+        code: `rlfseg/pyfunc_model.py`, or another Python file that sets a model and names its SIGNATURE, an EXAMPLE of
+            its input, and the PACKAGES that it needs; their versions here (2.14.1+cpu as 2.14.1) are its requirements.
         name: Name of the model in MLflow.
         code_paths: Packages to ship inside the model, for servers that haven't installed them.
 
@@ -360,18 +337,20 @@ def log_model_folder(
     """
     if run.id is None:
         return None
+    settings = runpy.run_path(str(code))
     try:
         with _answers(), tempfile.TemporaryDirectory() as temporary:
             client = MlflowClient(run.uri, run.uri)
-            experiment = client.get_run(run.id).info.experiment_id
-            entry = client.create_logged_model(experiment, name=name, source_run_id=run.id, model_type="segmentation")
+            entry = client.create_logged_model(client.get_run(run.id).info.experiment_id, name, source_run_id=run.id)
             mlflow.pyfunc.save_model(
                 path=f"{temporary}/model",
                 python_model=str(code),
                 artifacts={"adapter": str(folder)},
-                signature=signature,
-                # A local version such as 2.14.1+cpu is in no public index.
-                pip_requirements=[f"{package}=={version(package).partition('+')[0]}" for package in packages],
+                signature=settings["SIGNATURE"],
+                input_example=settings["EXAMPLE"],
+                pip_requirements=[
+                    f"{package}=={version(package).partition('+')[0]}" for package in settings["PACKAGES"]
+                ],
                 code_paths=[str(path) for path in code_paths] or None,
                 mlflow_model=Model(entry.artifact_location, run.id, model_uuid=entry.model_id, model_id=entry.model_id),
             )
@@ -399,9 +378,21 @@ def download(reference: str, folder: Path | None = None, *, uri: str | None = No
         ModelError: There is no such thing, or the server is away.
     """
     place = resolve_uri(uri)
-    target = None if folder is None else str(folder)
     try:
         with _answers():
-            return Path(mlflow.artifacts.download_artifacts(reference, None, None, target, place, place))
+            source = _location(MlflowClient(place, place), reference)
+            return Path(mlflow.artifacts.download_artifacts(source, None, None, folder and str(folder), place, place))
     except (Away, Refused) as error:
         raise ModelError(f"{reference}: can't be fetched from MLflow at {place}: {error}") from error
+
+
+def _location(client: MlflowClient, reference: str) -> str:
+    """Where the files of `models:/...` lie; MLflow 3.17 would ask the process's default server, whatever it is told."""
+    if not reference.startswith("models:/"):
+        return reference
+    name, *number = get_model_name_and_version(client, reference)
+    return (
+        client.get_model_version_download_uri(name, *number)
+        if number
+        else client.get_logged_model(name).artifact_location
+    )

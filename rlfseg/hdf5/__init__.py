@@ -5,9 +5,9 @@
     {id}/instances/{caption}    ours: uint8 {0, 1} [n, H, W], gzip, a chunk each; their OR is the mask
 
 A name is the escaped id or caption (`escape`), with `#2`, `#3` ... where it is taken: one phrase asked twice stays two.
-The attributes `id` and `caption` hold them exactly, `order` the phrase's place and `task` its id in the source. Without
-these attributes, as in the authors' own files, a name is taken literally and nested groups are joined with `/`; a name
-that isn't UTF-8 is read as Latin-1. Captions that differ only in case or in Unicode normal form are different captions;
+The attributes `id` and `caption` hold them exactly, `task` a phrase's id in the source; phrases keep their order.
+Without these attributes, as in the authors' own files, a name is taken literally and nested groups are joined with `/`;
+a name that isn't UTF-8 is read as Latin-1. Captions that differ only in case or in Unicode normal form are different;
 text with a lone surrogate is refused, since neither HDF5 nor Arrow nor a tokenizer can hold it.
 
     samples.py  what a sample is, and how texts become names

@@ -9,21 +9,26 @@ from __future__ import annotations
 
 import math
 import os
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
+from itertools import product
+from typing import Any, NamedTuple, TypeAlias
 
 import h5py
+import numpy as np
+from numpy.typing import NDArray
 
 from rlfseg.errors import BadSample, RlfsegError
 from rlfseg.hdf5.samples import unescape
 
-FILTERS = frozenset({h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_LZF})
+GZIP, SHUFFLE, LZF = h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_LZF
+FILTERS = frozenset({(), (SHUFFLE,), (GZIP,), (SHUFFLE, GZIP), (LZF,), (SHUFFLE, LZF)})  # as they were applied
 MAX_BYTES = 1 << 28  # of one data set, and of one chunk, decoded
 MAX_SAMPLE_BYTES = 1 << 30  # of one sample, decoded
-MAX_RATIO = 1100  # deflate itself ends at 1032 : 1, so only stacked filters lie above
+MAX_RATIO = 1100  # deflate itself ends at 1032 : 1
 Item: TypeAlias = "h5py.Group | h5py.Dataset"
-BROKEN = (OSError, LookupError, RuntimeError, ValueError, TypeError)  # what h5py raises on damaged files
+BROKEN = (OSError, LookupError, RuntimeError, ValueError, TypeError, zlib.error)  # what h5py raises on damaged files
 
 
 class Place(NamedTuple):
@@ -69,9 +74,13 @@ def member(group: h5py.Group, name: bytes, place: Place) -> Item | None:
     """
     if not group.id.links.exists(name):
         return None
-    if group.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
-        raise place.bad(f"{text_of(name)!a} is a soft or external link; links are never followed, copy the data in")
+    _require_hard(group.id.links.get_info(name), name, place)
     return group[name]
+
+
+def _require_hard(link: h5py.h5l.LinkInfo, name: bytes, place: Place) -> None:
+    if link.type != h5py.h5l.TYPE_HARD:
+        raise place.bad(f"{text_of(name)!a} is a soft or external link; links are never followed, copy the data in")
 
 
 def descend(group: h5py.Group, path: list[str], place: Place) -> Item | None:
@@ -98,15 +107,15 @@ def leaves(
     path: tuple[bytes, ...] = (),
     seen: set[int] | None = None,
 ) -> Iterator[tuple[tuple[bytes, ...], Item]]:
-    """Every leaf under a group with its path of raw names, in the order of names.
+    """Every leaf under a group with its path of raw names, in the order of `_names`.
 
     Raises:
         BadSample: A link that isn't hard, a group reached twice, or something that is neither leaf nor group.
     """
     seen = set() if seen is None else seen
-    for name in group.id:
-        here, found = (*path, name), member(group, name, place)
-        if found is not None and is_leaf(found):
+    for name in _names(group, place):
+        here, found = (*path, name), group[name]
+        if is_leaf(found):
             yield here, found
             continue
         if not isinstance(found, h5py.Group):
@@ -118,41 +127,73 @@ def leaves(
         yield from leaves(found, is_leaf, place, here, seen)
 
 
-def check_dataset(dataset: h5py.Dataset, what: str, place: Place) -> int:
-    """Refuses a data set that is unsafe to read, without reading it.
+def _names(group: h5py.Group, place: Place) -> list[bytes]:
+    """Raw names of a group's members: as they were added where the file tracks that, else in their own order."""
+    added: list[tuple[int, bytes]] = []
+    for name in group.id:
+        link = group.id.links.get_info(name)
+        _require_hard(link, name, place)
+        added.append((link.corder if link.corder_valid else 0, name))
+    return [name for _, name in sorted(added, key=lambda pair: pair[0])]
+
+
+class Checked(NamedTuple):
+    """A data set that is safe to read, and what its check found out."""
+
+    data: h5py.Dataset
+    what: str  # what errors call it
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    chunks: tuple[int, ...]  # empty where it has none
+    filters: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Its declared bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def check_dataset(item: Item | None, what: str, place: Place) -> Checked:
+    """Refuses what is no data set, or one that is unsafe to read, without reading it.
 
     Args:
-        dataset: The data set.
+        item: The data set.
         what: What errors call it.
         place: Where it lies.
 
     Returns:
-        Its declared bytes.
+        What `read_array` takes.
 
     Raises:
         BadSample: See the module's text.
     """
-    if dataset.external or dataset.is_virtual:
+    if not isinstance(item, h5py.Dataset) or item.shape is None:
+        raise place.bad(f"{what} is not a data set with data")
+    # By h5py's lower level: this runs for every mask, and there it costs a third.
+    properties = item.id.get_create_plist()
+    layout = properties.get_layout()
+    filters = tuple(properties.get_filter(n)[0] for n in range(properties.get_nfilters()))
+    chunks = properties.get_chunk() if layout == h5py.h5d.CHUNKED else ()
+    if properties.get_external_count() or layout == h5py.h5d.VIRTUAL:
         raise place.bad(f"{what} keeps its data in another file (external or virtual); copy the data in")
-    properties = dataset.id.get_create_plist()
-    foreign = {properties.get_filter(i)[0] for i in range(properties.get_nfilters())} - FILTERS
-    if foreign:
-        raise place.bad(f"{what} uses HDF5 filters {sorted(foreign)}; only gzip, lzf and shuffle are read")
-    if dataset.dtype.kind not in "biuf":
-        raise place.bad(f"{what} has type {dataset.dtype}; only plain numbers are read")
-    size: int = math.prod(dataset.shape or (0,)) * dataset.dtype.itemsize
-    chunk: int = math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize
+    if filters not in FILTERS:
+        raise place.bad(f"{what} uses HDF5 filters {list(filters)}; only gzip, lzf and shuffle, once each, are read")
+    checked = Checked(item, what, item.shape, item.dtype, chunks, filters)
+    if checked.dtype.kind not in "biuf":
+        raise place.bad(f"{what} has type {checked.dtype}; only plain numbers are read")
+    _check_sizes(checked, place)
+    return checked
+
+
+def _check_sizes(checked: Checked, place: Place) -> None:
+    size, what = checked.size, checked.what
+    chunk = math.prod(checked.chunks) * checked.dtype.itemsize if checked.chunks else 0
     if max(size, chunk) > MAX_BYTES:
         raise place.bad(f"{what} declares {size:,} bytes in chunks of {chunk:,}; the limit is {MAX_BYTES:,}")
-    _check_stored(dataset, size, chunk, what, place)
-    return size
-
-
-def _check_stored(dataset: h5py.Dataset, size: int, chunk: int, what: str, place: Place) -> None:
-    stored, decoded = dataset.id.get_storage_size(), size
+    decoded, stored = size, checked.data.id.get_storage_size()
     if chunk:
-        there = dataset.id.get_num_chunks()
-        needed = math.prod(-(-n // c) for n, c in zip(dataset.shape, dataset.chunks, strict=True))
+        there = checked.data.id.get_num_chunks()
+        needed = math.prod(-(-n // c) for n, c in zip(checked.shape, checked.chunks, strict=True))
         if there < needed:  # HDF5 would fill the holes with zeros
             raise place.bad(f"{what} is unfinished: {there} of its {needed} chunks were written")
         decoded = there * chunk
@@ -162,13 +203,62 @@ def _check_stored(dataset: h5py.Dataset, size: int, chunk: int, what: str, place
         raise place.bad(f"{what} unpacks {stored:,} bytes into {decoded:,}; more than {MAX_RATIO} times is refused")
 
 
+def read_array(checked: Checked, place: Place) -> NDArray[Any]:
+    """Reads a data set that has passed.
+
+    HDF5 unpacks gzip without a bound, whatever size a chunk declares; here a chunk ends where it should. That is also
+    quicker than HDF5's buffer, which grows by doubling.
+
+    Args:
+        checked: The data set.
+        place: Where it lies.
+
+    Returns:
+        All of it, in its own shape and type; bool as int8.
+
+    Raises:
+        BadSample: Damaged, or more or less data than declared.
+    """
+    dtype, chunks = checked.dtype, checked.chunks
+    if GZIP not in checked.filters:
+        whole: NDArray[Any] = checked.data[()]
+        return whole
+    if dtype.itemsize > 1 and checked.data.id.get_type() != h5py.h5t.py_create(dtype):
+        raise place.bad(f"{checked.what} has an unusual type of number")
+    array: NDArray[Any] = np.empty(checked.shape, np.int8 if dtype.kind == "b" else dtype)
+    for corner in product(*(range(0, n, c) for n, c in zip(array.shape, chunks, strict=True))):
+        skipped, data = checked.data.id.read_direct_chunk(corner)
+        used = [f for n, f in enumerate(checked.filters) if not skipped >> n & 1]
+        block = _unpacked(data, used, math.prod(chunks) * dtype.itemsize, dtype.itemsize)
+        if block is None:
+            raise place.bad(f"{checked.what} is damaged: a chunk doesn't unpack to its size")
+        part = array[tuple(slice(a, a + c) for a, c in zip(corner, chunks, strict=True))]
+        part[...] = np.frombuffer(block, array.dtype).reshape(chunks)[tuple(map(slice, part.shape))]
+    return array
+
+
+def _unpacked(data: bytes, filters: list[int], size: int, itemsize: int) -> bytes | None:
+    if GZIP in filters:
+        stream = zlib.decompressobj()
+        data = stream.decompress(data, size + 1)
+        if not stream.eof:  # its checksum stands at the end
+            return None
+    if len(data) != size:
+        return None
+    if SHUFFLE in filters:  # first all first bytes, then all second ones, ...
+        return np.frombuffer(data, np.uint8).reshape(itemsize, -1).T.tobytes()
+    return data
+
+
 def stored_text(item: Item, key: str) -> str | None:
     """A text attribute as the writer put it, or None where there is none of that kind."""
-    for name, decode in ((key, str), (f"{key}_escaped", unescape)):
-        if h5py.h5a.exists(item.id, name.encode()):
-            value = item.attrs[name]
-            if isinstance(value, str | bytes):
-                return decode(text_of(value))
+    for name, decode in ((key.encode(), str), (f"{key}_escaped".encode(), unescape)):
+        if h5py.h5a.exists(item.id, name):
+            attribute = h5py.h5a.open(item.id, name)
+            value = np.empty(attribute.shape, attribute.dtype)
+            attribute.read(value)
+            if value.shape == () and isinstance(value.item(), str | bytes):
+                return decode(text_of(value.item()))
     return None
 
 

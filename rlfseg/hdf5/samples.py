@@ -89,7 +89,7 @@ def _wrong_masks(phrase: Labelled, shape: tuple[int, ...]) -> str | None:
     if instances.dtype != np.uint8 or instances.ndim != 3 or instances.shape[1:] != shape:
         found = f"{instances.dtype} {list(instances.shape)}"
         return f"the instances of {caption} must be uint8 [n, {shape[0]}, {shape[1]}], not {found}"
-    if not np.array_equal(instances.max(axis=0, initial=0), mask):
+    if not np.array_equal(np.bitwise_or.reduce(instances, axis=0), mask):
         return f"the instances of {caption} don't add up to its mask"
     return None
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rlfseg.errors import BadSample, ResourceError, RlfsegError
 from rlfseg.hdf5.check import (
     MAX_SAMPLE_BYTES,
+    Checked,
     Item,
     Place,
     check_dataset,
@@ -26,6 +27,7 @@ from rlfseg.hdf5.check import (
     leaves,
     member,
     open_file,
+    read_array,
     stored_text,
 )
 from rlfseg.hdf5.samples import Labelled, Sample, check_sample, escape, fingerprint, quoted
@@ -87,12 +89,11 @@ def _put(file: h5py.File, sample: Sample) -> None:
     group = file.create_group(escape(sample.id))
     _put_text(group, "id", sample.id)
     group.create_dataset("image", data=sample.image)
-    masks = group.create_group("mask")
-    for order, phrase in enumerate(sample.phrases):
+    masks = group.create_group("mask", track_order=True)
+    for phrase in sample.phrases:
         name = _free_name(masks, escape(phrase.caption))
         mask = masks.create_dataset(name, data=phrase.mask, compression="gzip", chunks=phrase.mask.shape)
         _put_text(mask, "caption", phrase.caption)
-        mask.attrs["order"] = order
         if phrase.task is not None:
             _put_text(mask, "task", phrase.task)
         if phrase.instances is not None:
@@ -248,26 +249,24 @@ class Reader:
 
 
 class _Entry(NamedTuple):
-    """A phrase's data sets, checked but not read."""
+    """A phrase whose data sets aren't read yet."""
 
     caption: str
     task: str | None
-    mask: h5py.Dataset
-    instances: h5py.Dataset | None
+    mask: Checked
+    instances: Checked | None
 
 
 def _sample(file: h5py.File, sample_id: str, place: Place) -> Sample:
     with place.reading():
         image, entries = _parts(_find(file, sample_id, place), place)
         phrases = tuple(_read_phrase(entry, place) for entry in entries)
-        return Sample(id=sample_id, image=image[()], phrases=phrases)
+        return Sample(id=sample_id, image=read_array(image, place), phrases=phrases)
 
 
 def _image(file: h5py.File, sample_id: str, place: Place) -> NDArray[np.uint8]:
     with place.reading():
-        image, _ = _checked_image(_find(file, sample_id, place), place)
-        pixels: NDArray[np.uint8] = image[()]
-        return pixels
+        return read_array(_checked_image(_find(file, sample_id, place), place), place)
 
 
 def _captions(file: h5py.File, sample_id: str, place: Place) -> tuple[str, ...]:
@@ -276,13 +275,13 @@ def _captions(file: h5py.File, sample_id: str, place: Place) -> tuple[str, ...]:
 
 
 def _read_phrase(entry: _Entry, place: Place) -> Labelled:
-    mask = to_binary(entry.mask[()], file=place.file, sample=place.sample)
-    instances = None
-    if entry.instances is not None:
-        instances = (entry.instances[()] != 0).astype(np.uint8)
-        if not np.array_equal(instances.max(axis=0, initial=0), mask):
-            raise place.bad(f"the instances of {quoted(entry.caption)} don't add up to its mask")
-    return Labelled(caption=entry.caption, mask=mask, instances=instances, task=entry.task)
+    mask = to_binary(read_array(entry.mask, place), file=place.file, sample=place.sample)
+    if entry.instances is None:
+        return Labelled(caption=entry.caption, mask=mask, task=entry.task)
+    instances = read_array(entry.instances, place)
+    if instances.max(initial=0) > 1 or not np.array_equal(np.bitwise_or.reduce(instances, axis=0), mask):
+        raise place.bad(f"{entry.instances.what} don't add up to its mask")
+    return Labelled(caption=entry.caption, mask=mask, instances=instances.view(np.uint8), task=entry.task)
 
 
 def _find(file: h5py.File, sample_id: str, place: Place) -> h5py.Group:
@@ -311,48 +310,47 @@ def _is_sample(item: Item) -> bool:
     return links is not None and (links.exists(b"image") or links.exists(b"mask") or not len(item))
 
 
-def _parts(group: h5py.Group, place: Place) -> tuple[h5py.Dataset, list[_Entry]]:
+def _parts(group: h5py.Group, place: Place) -> tuple[Checked, list[_Entry]]:
     """A sample's data sets, all checked."""
-    image, total = _checked_image(group, place)
-    masks = member(group, b"mask", place)
+    image = _checked_image(group, place)
+    masks, objects = member(group, b"mask", place), member(group, b"instances", place)
     if not isinstance(masks, h5py.Group):
         raise place.bad("has no group 'mask'")
-    objects = member(group, b"instances", place)
-    shape = image.shape[:2]
-    entries: list[tuple[int, _Entry]] = []
+    entries: list[_Entry] = []
     for path, mask in leaves(masks, lambda item: isinstance(item, h5py.Dataset), place):
         stored = stored_text(mask, "caption")
         caption = join(path) if stored is None else stored
-        total += _checked(mask, f"the mask of {quoted(caption)}", shape, place)
-        # Only our own files have them, and those don't nest.
-        instances = member(objects, path[-1], place) if isinstance(objects, h5py.Group) else None
-        if instances is not None:
-            total += _checked(instances, f"the instances of {quoted(caption)}", (len(instances), *shape), place)
-        order = int(mask.attrs["order"]) if h5py.h5a.exists(mask.id, b"order") else len(entries)
-        entries.append((order, _Entry(caption, stored_text(mask, "task"), mask, instances)))
+        # Only our own files have instances, and their names don't nest.
+        found = member(objects, path[-1], place) if isinstance(objects, h5py.Group) else None
+        instances = None if found is None else _checked_instances(found, quoted(caption), image, place)
+        checked = _checked_mask(mask, quoted(caption), image, place)
+        entries.append(_Entry(caption, stored_text(mask, "task"), checked, instances))
+    total = image.size + sum(e.mask.size + (0 if e.instances is None else e.instances.size) for e in entries)
     if total > MAX_SAMPLE_BYTES:
         raise place.bad(f"declares {total:,} bytes in all; the limit is {MAX_SAMPLE_BYTES:,}")
-    return image, [entry for _, entry in sorted(entries, key=lambda pair: pair[0])]
+    return image, entries
 
 
-def _checked_image(group: h5py.Group, place: Place) -> tuple[h5py.Dataset, int]:
-    image = member(group, b"image", place)
-    if not isinstance(image, h5py.Dataset):
-        raise place.bad("has no data set 'image'")
-    size = check_dataset(image, "the image", place)
-    shape: tuple[int, ...] = image.shape or ()
-    if image.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-        raise place.bad(f"the image must be uint8 [H, W, 3], this is {image.dtype} {list(shape)}")
-    return image, size
+def _checked_image(group: h5py.Group, place: Place) -> Checked:
+    image = check_dataset(member(group, b"image", place), "the image", place)
+    if image.dtype != np.uint8 or len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise place.bad(f"the image must be uint8 [H, W, 3], this is {image.dtype} {list(image.shape)}")
+    return image
 
 
-def _checked(dataset: Item, what: str, shape: tuple[int, ...], place: Place) -> int:
-    if not isinstance(dataset, h5py.Dataset):
-        raise place.bad(f"{what} are a group, not a data set")
-    size = check_dataset(dataset, what, place)
-    if dataset.shape != shape:
-        raise place.bad(f"{what} must be {list(shape)} like the image, this is {list(dataset.shape or ())}")
-    return size
+def _checked_mask(item: Item, caption: str, image: Checked, place: Place) -> Checked:
+    mask = check_dataset(item, f"the mask of {caption}", place)
+    if mask.shape != image.shape[:2]:
+        raise place.bad(f"{mask.what} must be {list(image.shape[:2])} like the image, this is {list(mask.shape)}")
+    return mask
+
+
+def _checked_instances(item: Item, caption: str, image: Checked, place: Place) -> Checked:
+    masks = check_dataset(item, f"the instances of {caption}", place)
+    if masks.dtype.kind not in "bu" or masks.dtype.itemsize != 1 or masks.shape[1:] != image.shape[:2]:
+        wanted = f"uint8 [n, {image.shape[0]}, {image.shape[1]}]"
+        raise place.bad(f"{masks.what} must be {wanted}, this is {masks.dtype} {list(masks.shape)}")
+    return masks
 
 
 def index_rows(path: Path, shard: str) -> Iterator[dict[str, Any] | BadSample]:
@@ -378,7 +376,7 @@ def _row(sample_id: str, shard: str, group: h5py.Group, place: Place) -> dict[st
     try:
         with place.reading():
             image, entries = _parts(group, place)
-            stored = [image, *(e.mask for e in entries), *(e.instances for e in entries if e.instances is not None)]
+            parts = [image, *(e.mask for e in entries), *(e.instances for e in entries if e.instances is not None)]
             return {
                 "id": sample_id,
                 "shard": shard,
@@ -386,7 +384,7 @@ def _row(sample_id: str, shard: str, group: h5py.Group, place: Place) -> dict[st
                 "width": image.shape[1],
                 "captions": [e.caption for e in entries],
                 "n_phrases": len(entries),
-                "bytes": sum(d.id.get_storage_size() for d in stored),
+                "bytes": sum(part.data.id.get_storage_size() for part in parts),
             }
     except BadSample as error:
         return error

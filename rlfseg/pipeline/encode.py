@@ -16,8 +16,9 @@ from rlfseg.backbone import Backbone
 from rlfseg.config import BackboneConfig, EncodeConfig, as_dict
 from rlfseg.errors import DataError
 from rlfseg.images import image_to_tensor, mask_to_tensor, rle_decode
+from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, open_samples
-from rlfseg.pipeline.stages import OK, Row, Rows, Stage, Summary, connect, gpus_per_worker, refused, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
 
 CHUNK = 32  # images or masks in one call of the autoencoder
 # Bytes and a shape, not tensors of a framework's own type: any Parquet reader can use them.
@@ -108,9 +109,13 @@ def _refined_masks(row: Row) -> list[NDArray[np.uint8] | None]:
     if "masks" not in row:
         return [None] * len(row["labels"])
     if len(row["masks"]) != len(row["labels"]):
-        raise DataError(f"{row['id']}: {len(row['masks'])} refined masks for {len(row['labels'])} phrases; refine again")
+        raise DataError(
+            f"{row['id']}: {len(row['masks'])} refined masks for {len(row['labels'])} phrases; refine again"
+        )
     size = row["image"].shape[:2]
-    decoded = (rle_decode(m, size) if o == "refined" else None for m, o in zip(row["masks"], row["outcomes"], strict=True))
+    decoded = (
+        rle_decode(m, size) if o == "refined" else None for m, o in zip(row["masks"], row["outcomes"], strict=True)
+    )
     return [d if d is None or not np.array_equal(d, m) else None for d, m in zip(decoded, row["labels"], strict=True)]
 
 

@@ -23,7 +23,8 @@ from ray.data.datasource import Datasource, ReadTask
 
 from rlfseg.errors import DataError
 from rlfseg.pipeline.encode import from_bytes
-from rlfseg.pipeline.stages import OK, require_finished
+from rlfseg.pipeline.folders import require_finished
+from rlfseg.pipeline.rows import OK
 from rlfseg.training import Batch
 
 WINDOW = 8  # files whose phrases are shuffled together

@@ -14,7 +14,8 @@ from rlfseg.config import PrepareConfig, ShapesConfig, WorkersConfig, as_dict
 from rlfseg.datasets import folder, shapes
 from rlfseg.errors import BadSample, ConfigError
 from rlfseg.hdf5 import Labelled, Sample
-from rlfseg.pipeline.stages import OK, Row, Rows, Stage, Summary, refused, run_stage
+from rlfseg.pipeline.rows import OK, Row, Rows, refused
+from rlfseg.pipeline.stages import Stage, Summary, run_stage
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("status", pa.string()), ("images", pa.int64()), ("refused", pa.string())]
@@ -56,7 +57,9 @@ def _plan(config: PrepareConfig) -> pa.Table:
         name = f"{config.shapes.split}-{config.shapes.labels}"
     else:
         if config.path is None:
-            raise ConfigError("path: null; give the list of phrases, or the folder that holds it, e.g. --path data/index.json")
+            raise ConfigError(
+                "path: null; give the list of phrases, or the folder that holds it, e.g. --path data/index.json"
+            )
         records = [r for r in folder.plan(Path(config.path)) if not config.splits or r.split in config.splits]
         if not records:
             raise ConfigError(f"splits: no image of {config.path} is in {', '.join(config.splits)}")
@@ -107,9 +110,7 @@ class ShardWriter:
 
 def drawn(index: int, config: ShapesConfig) -> Sample:
     """A scene as a sample, with exact or coarse labels."""
-    scene = shapes.draw_scene(
-        index, split=config.split, seed=config.seed, size=config.size, n_phrases=config.phrases
-    )
+    scene = shapes.draw_scene(index, split=config.split, seed=config.seed, size=config.size, n_phrases=config.phrases)
     coarse = config.labels == "coarse"
     return Sample(
         id=f"{config.split}-{index:06d}",

@@ -13,8 +13,9 @@ import pyarrow.parquet as pq
 from rlfseg import refine
 from rlfseg.config import RefineConfig, as_dict
 from rlfseg.images import rle_encode
+from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import LoadSample, open_samples
-from rlfseg.pipeline.stages import OK, Row, Rows, Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
 from rlfseg.refine import Answer, Prompt
 from rlfseg.sam import Embedding, SamModel
 
@@ -126,4 +127,3 @@ def _count(out: Path, counts: Row) -> Row:
             for outcome in row["outcomes"] or ():
                 outcomes[outcome] = outcomes.get(outcome, 0) + 1
     return counts | {"outcomes": outcomes}
-

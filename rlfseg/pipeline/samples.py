@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 from rlfseg import hdf5
 from rlfseg.errors import DataError
 from rlfseg.hdf5 import Reader
-from rlfseg.pipeline.stages import OK, Row, fingerprint, require_finished
+from rlfseg.pipeline.folders import fingerprint, require_finished
+from rlfseg.pipeline.rows import OK, Row
 
 REFINED = ("masks", "outcomes")  # columns that refining adds to the index's
 

@@ -9,15 +9,14 @@ rows in = rows out + rows refused.
 
 from __future__ import annotations
 
-import json
+import logging
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -27,23 +26,13 @@ from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
 
-from rlfseg.config import WorkersConfig, digest
+from rlfseg.config import WorkersConfig
 from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
+from rlfseg.pipeline.folders import begin, finish, require_finished
 from rlfseg.pipeline.progress import Progress
+from rlfseg.pipeline.rows import OK, Attempts, Row, Rows, Work, refused
 
-Row = dict[str, Any]
-Rows = list[Row]
-OK = "ok"
 MOVED = pa.schema([("id", pa.string()), ("packed", pa.binary()), ("error", pa.string())])
-ALONE_DEATHS = 2  # a sample that took its process down so often while alone is refused
-
-
-class Work(Protocol):
-    """The per-item work: a plain class, tested by calling it."""
-
-    def __call__(self, rows: Rows) -> Rows:
-        """One row out a row in, with the same `id` and a `status` (`ok`, or why it was refused)."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,84 +82,14 @@ class Summary:
     figures: dict[str, float] = field(default_factory=dict)
 
 
-def refused(row: Row, error: Exception | str) -> Row:
-    """The status row of a sample that could not be worked on."""
-    return {"id": row["id"], "status": f"refused: {error}"}
-
-
-# --- folders that are whole or unfinished --------------------------------------------------------------------------
-
-
-def begin(out: Path, identity: Row) -> str:
-    """Claims a folder for a job: `new`, `resume` (unfinished, same identity) or `done`.
-
-    Raises:
-        DataError: The folder belongs to a job with other settings or inputs; names the fields.
-    """
-    started = out / "_STARTED.json"
-    if started.exists():
-        known = json.loads(started.read_text())["identity"]
-        now = json.loads(json.dumps(identity))
-        if known != now:
-            fields = [f"{k} ({known.get(k)!r} then, {now.get(k)!r} now)" for k in sorted({*known, *now}) if known.get(k) != now.get(k)]
-            raise DataError(f"{out} was begun with other settings: {'; '.join(fields)}; give another `out` or delete it")
-        return "done" if (out / "_SUCCESS.json").exists() else "resume"
-    if out.exists() and any(out.iterdir()):
-        raise DataError(f"{out} is not empty and was not written by this command; give another `out`")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(started, {"schema": 1, "hash": digest(identity), "identity": identity})
-    return "new"
-
-
-def finish(out: Path, identity: Row, counts: Row) -> None:
-    """Marks a folder as whole; the last thing that a job does."""
-    write_json(out / "_SUCCESS.json", {"schema": 1, "hash": digest(identity), "identity": identity, **counts})
-
-
-def require_finished(folder: Path) -> Row:
-    """What `_SUCCESS.json` says of a finished folder.
-
-    Raises:
-        DataError: There is none: the job that writes it has not finished.
-    """
-    path = folder / "_SUCCESS.json"
-    if not path.is_file():
-        state = "unfinished: start the same command again" if (folder / "_STARTED.json").exists() else "not an rlfseg folder"
-        raise DataError(f"{folder} is {state} (no _SUCCESS.json)")
-    return dict(json.loads(path.read_text()))
-
-
-def fingerprint(folder: Path) -> str:
-    """Short hash of what a finished folder was made from, and how."""
-    return sha256((folder / "_SUCCESS.json").read_bytes()).hexdigest()[:12]
-
-
-def write_json(path: Path, tree: Row) -> None:
-    """Writes JSON in one move."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False))
-    os.replace(temporary, path)
-
-
-def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Rows of a finished stage that are `ok`, file by file.
-
-    Raises:
-        DataError: The stage has not finished.
-    """
-    require_finished(folder)
-    for path in sorted((folder / "data").glob("*.parquet")):
-        for row in pq.read_table(path, columns=list({*columns, "status"}) if columns else None).to_pylist():
-            if row["status"] == OK:
-                yield row
-
-
 # --- Ray -----------------------------------------------------------------------------------------------------------
 
 
 def connect() -> None:
     """Joins the Ray that $RAY_ADDRESS names, or starts one here with a few more logical CPUs than cores."""
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if not ray.is_initialized():
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
         remote = os.environ.get("RAY_ADDRESS")
         here = {} if remote else {"num_cpus": max(8, os.cpu_count() or 1), "include_dashboard": False}
         ray.init(log_to_driver=False, configure_logging=False, **here)
@@ -216,9 +135,7 @@ def run_stage(stage: Stage) -> Summary:
         return _summary(stage, done, 0.0, resumed=done["rows_in"])
     connect()
     # a reader, a writer, and the filter that drops finished ids on resume take a CPU each
-    check_budget(
-        stage.name, stage.run.workers * stage.run.cpus + stage.run.loaders + 3, stage.run.workers * stage.gpus
-    )
+    check_budget(stage.name, stage.run.workers * stage.run.cpus + stage.run.loaders + 3, stage.run.workers * stage.gpus)
     data = stage.out / "data"
     before = _committed(data)
     with Progress(stage.name, total=stage.rows.num_rows, count=lambda: _committed(data)):
@@ -306,7 +223,14 @@ class _Worker:
     """An actor: holds the work, keeps the books."""
 
     def __init__(
-        self, stage: str, make: Callable[..., Work], kwargs: Row, schema: pa.Schema, attempts: Path, stop: bool, threads: int
+        self,
+        stage: str,
+        make: Callable[..., Work],
+        kwargs: Row,
+        schema: pa.Schema,
+        attempts: Path,
+        stop: bool,
+        threads: int,
     ):
         import torch
 
@@ -324,48 +248,6 @@ class _Worker:
         if bad and self.stop:
             raise BadSample(bad[0]["status"].removeprefix("refused: "), file=self.stage, sample=bad[0]["id"])
         return pa.Table.from_pylist(done, schema=self.schema)
-
-
-class Attempts:
-    """Notes on disk of what is being worked on, so that a sample that kills its process is found out.
-
-    Args:
-        folder: Where the notes lie, one a sample; shared by all actors of the stage.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def guard(self, work: Work, rows: Rows) -> Rows:
-        """`work(rows)`; rows that an earlier process died on are worked on alone, and refused after two deaths alone."""
-        deaths = {row["id"]: self._read(row["id"]) for row in rows}
-        if any(deaths.values()):
-            return [self._alone(work, row, deaths[row["id"]]) for row in rows]
-        return self._noted(work, rows, 1) if rows else []
-
-    def _alone(self, work: Work, row: Row, deaths: int) -> Row:
-        if deaths > ALONE_DEATHS:
-            return refused(row, f"its process died {deaths} times while working on it")
-        return self._noted(work, [row], deaths + 1)[0]
-
-    def _noted(self, work: Work, rows: Rows, deaths: int) -> Rows:
-        notes = [self._note(row["id"]) for row in rows]
-        for note in notes:
-            note.write_text(str(deaths))
-        done = work(rows)
-        for note in notes:
-            note.unlink(missing_ok=True)
-        return done
-
-    def _read(self, row_id: str) -> int:
-        try:
-            return int(self._note(row_id).read_text() or 1)
-        except FileNotFoundError:
-            return 0
-
-    def _note(self, row_id: str) -> Path:
-        return self.folder / sha256(row_id.encode(errors="surrogatepass")).hexdigest()[:24]
 
 
 def check_rows(stage: str, ids: Sequence[str], rows: Rows) -> None:

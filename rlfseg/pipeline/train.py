@@ -24,21 +24,12 @@ from rlfseg.backbone import Backbone, resolve_base
 from rlfseg.config import TrainConfig, as_dict, digest
 from rlfseg.errors import ConfigError, DataError
 from rlfseg.metrics import Sums
+from rlfseg.pipeline.folders import begin, fingerprint, finish, require_finished, write_json
 from rlfseg.pipeline.ingest import Latents, batches, open_latents
 from rlfseg.pipeline.progress import Progress
+from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import LoadSample, open_samples
-from rlfseg.pipeline.stages import (
-    Row,
-    Summary,
-    begin,
-    check_budget,
-    connect,
-    finish,
-    fingerprint,
-    our_cause,
-    require_finished,
-    write_json,
-)
+from rlfseg.pipeline.stages import Summary, check_budget, connect, our_cause
 from rlfseg.segmenter import Segmenter
 from rlfseg.training import Labelled, TrainState
 
@@ -174,10 +165,16 @@ def _train(
         ):
             figures = state.step(batch)
             if not math.isfinite(figures["loss"]):
-                raise DataError(f"step {state.step_number}: the loss is {figures['loss']}, phrases {list(batch.ids)[:8]}; lower optimizer.lr")
+                raise DataError(
+                    f"step {state.step_number}: the loss is {figures['loss']}, phrases {list(batch.ids)[:8]}; lower optimizer.lr"
+                )
             meter.add(state.step_number, figures)
             last = state.step_number >= job.total_steps
-            if last or state.step_number % config.checkpoint_every == 0 or state.step_number % config.validate_every == 0:
+            if (
+                last
+                or state.step_number % config.checkpoint_every == 0
+                or state.step_number % config.validate_every == 0
+            ):
                 _report(job, state, recorded, held_out, rank, world)
             if last:
                 break
@@ -199,13 +196,17 @@ class Meter:
         now = time.monotonic()
         mean = {k: sum(r[k] for r in self.rows) / len(self.rows) for k in figures}
         speed = len(self.rows) * self.phrases / (now - self.start)
-        self.recorded.log_metrics({f"train/{k}": v for k, v in mean.items()} | {"train/samples_per_second": speed}, step)
+        self.recorded.log_metrics(
+            {f"train/{k}": v for k, v in mean.items()} | {"train/samples_per_second": speed}, step
+        )
         with (self.out / "curve.jsonl").open("a") as lines:
             lines.write(json.dumps({"step": step, **mean, "samples_per_second": speed}) + "\n")
         self.rows, self.start = [], now
 
 
-def _report(job: Job, state: TrainState, recorded: tracking.Run, held_out: list[Labelled], rank: int, world: int) -> None:
+def _report(
+    job: Job, state: TrainState, recorded: tracking.Run, held_out: list[Labelled], rank: int, world: int
+) -> None:
     """Validates on all ranks, saves on rank 0."""
     card = _card(job)
     figures: dict[str, float] = {}
@@ -274,7 +275,9 @@ def _publish(job: Job, result: Result, recorded: tracking.Run) -> Row:
     adapter.read_card(target)
     curve = _curve(job.out)
     if curve:
-        series = {k: ([r["step"] for r in curve], [r[k] for r in curve]) for k in ("loss", "chose_refined", "lr", "grad_norm")}
+        series = {
+            k: ([r["step"] for r in curve], [r[k] for r in curve]) for k in ("loss", "chose_refined", "lr", "grad_norm")
+        }
         recorded.log_artifact(draw.curves(job.out / "curves.png", series), "curves")
     recorded.log_artifacts(target, "adapter")
     model = tracking.log_model_folder(recorded, target, Path(adapter.__file__).with_name("pyfunc_model.py"))
@@ -316,7 +319,9 @@ def _tracked(config: TrainConfig, out: Path) -> tracking.Run:
     if note.is_file():
         known = json.loads(note.read_text())
         return tracking.Run.resume(known["uri"], known["run_id"], default_dir=out)
-    recorded = tracking.Run.start(config.tracking, params=as_dict(config), run_name=out.name, tags={"rlfseg.stage": "train"})
+    recorded = tracking.Run.start(
+        config.tracking, params=as_dict(config), run_name=out.name, tags={"rlfseg.stage": "train"}
+    )
     if recorded.id:
         write_json(note, {"uri": recorded.uri, "run_id": recorded.id})
     return recorded

@@ -1,0 +1,1 @@
+"""The commands as jobs: `python -m jobs.NAME`, for `ray job submit`."""

@@ -1,0 +1,191 @@
+"""The command line: one table of commands, each a config class and the function that takes it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from pydantic import ValidationError
+
+from rlfseg import __version__, config
+from rlfseg.errors import ConfigError, RlfsegError
+
+FAILED, REFUSED_SOME = 1, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command: its config class, the module whose `run` takes it, and what its help teaches."""
+
+    settings: type
+    module: str
+    what: str
+    goes_in: str
+    comes_out: str
+    example: str
+
+
+COMMANDS: dict[str, Command] = {
+    "prepare": Command(
+        settings=config.PrepareConfig,
+        module="rlfseg.pipeline.prepare",
+        what="write a data set as HDF5 shards in the paper's layout, with an index",
+        goes_in="drawn scenes, or a folder of images with mask PNGs and a list of phrases (index.json, .jsonl or .csv)",
+        comes_out="OUT/*.h5, OUT/index.parquet",
+        example="rlfseg prepare --source folder --path photos/index.json --splits '[train]' --out runs/a/train",
+    ),
+    "refine": Command(
+        settings=config.RefineConfig,
+        module="rlfseg.pipeline.refine",
+        what="refine polygon-like labels with SAM (Eq. 3, Algorithm 1)",
+        goes_in="a folder of `prepare`",
+        comes_out="OUT/data/*.parquet: a refined mask a phrase, or why the original was kept",
+        example="rlfseg refine --samples runs/a/train --sam.checkpoint sam_vit_h_4b8939.pth --run.workers 8 --out runs/a/refined",
+    ),
+    "encode": Command(
+        settings=config.EncodeConfig,
+        module="rlfseg.pipeline.encode",
+        what="encode images and masks into latents, once",
+        goes_in="a folder of `refine` (both labels) or of `prepare` (original labels only)",
+        comes_out="OUT/data/*.parquet: latents in fp16",
+        example="rlfseg encode --samples runs/a/refined --run.workers 8 --out runs/a/latents",
+    ),
+    "train": Command(
+        settings=config.TrainConfig,
+        module="rlfseg.pipeline.train",
+        what="train an adapter by rectified flow with dynamic selection (Eq. 2, 4)",
+        goes_in="a folder of `encode`, and of `prepare` for validation",
+        comes_out="OUT/adapter, OUT/curves.png, OUT/overlays, checkpoints, an MLflow run",
+        example="rlfseg train --latents runs/a/latents --val_samples runs/a/val --workers 8 --out runs/a/train-1",
+    ),
+    "calibrate": Command(
+        settings=config.CalibrateConfig,
+        module="rlfseg.pipeline.calibrate",
+        what="choose threshold and eps on a validation split and write them into the adapter",
+        goes_in="an adapter folder and a folder of `prepare`",
+        comes_out="the adapter's rlfseg.yaml, OUT/calibration.json, OUT/calibration.png",
+        example="rlfseg calibrate --adapter runs/a/train-1/adapter --samples runs/a/val --out runs/a/calibration",
+    ),
+    "evaluate": Command(
+        settings=config.EvaluateConfig,
+        module="rlfseg.pipeline.evaluate",
+        what="measure an adapter, or masks already made, at original size",
+        goes_in="a folder of `prepare` with true masks; an adapter, or a folder of `predict`, `refine` or `prepare`",
+        comes_out="OUT/results.json, results.md, iou_by_threshold.png, best.png, worst.png, an MLflow run",
+        example="rlfseg evaluate --adapter runs/a/train-1/adapter --samples runs/a/test --sampling.rescale aos --out runs/a/test-aos",
+    ),
+    "predict": Command(
+        settings=config.PredictConfig,
+        module="rlfseg.pipeline.predict",
+        what="segment many pictures by phrases",
+        goes_in="a picture, a folder, a glob, a Parquet file with `path` and `phrases`, or a folder of `prepare`",
+        comes_out="OUT/data/*.parquet (COCO RLE), OUT/png, OUT/overlays, OUT/refused.json",
+        example="rlfseg predict --images photos --phrases '[dog, red car]' --overlays true --out runs/masks",
+    ),
+}  # fmt: skip
+
+
+def entry() -> None:
+    """`rlfseg COMMAND ...`."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        sys.exit(main(arguments[0], arguments[1:]))
+    if arguments in (["--version"], ["version"]):
+        print(f"rlfseg {__version__}")
+        sys.exit(0)
+    print(_overview())
+    if arguments and arguments[0] not in ("-h", "--help", "help"):
+        print(f"\nunknown command {arguments[0]!r}; the commands are {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(name: str, arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        name: A key of COMMANDS.
+        arguments: The rest of the line; None: of this process.
+
+    Returns:
+        Exit code: 0 done; 1 failed, with the cause in one line; 2 wrong settings; 3 done, but some samples were refused.
+    """
+    command = COMMANDS[name]
+    try:
+        settings = parse(name, list(sys.argv[1:] if arguments is None else arguments))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of libraries among themselves
+            summary = importlib.import_module(command.module).run(settings)
+    except ConfigError as error:
+        return _complain(name, error, 2)
+    except RlfsegError as error:
+        return _complain(name, error, FAILED)
+    except KeyboardInterrupt:
+        print(f"rlfseg {name}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+    _show(summary)
+    return REFUSED_SOME if summary.refused else 0
+
+
+def parse(name: str, arguments: list[str]) -> Any:
+    """A command's settings: defaults < `--config a.yaml` < `--config b.yaml` < flags, in the order on the line.
+
+    Raises:
+        ConfigError: A value is out of range: one line with field, value and what is allowed.
+    """
+    parsed = parser(name).parse_args(arguments)
+    parsed.pop("config", None)
+    try:
+        return COMMANDS[name].settings(**parser(name).instantiate(parsed).as_dict())
+    except ValidationError as error:
+        raise ConfigError("; ".join(_field_error(e) for e in error.errors())) from error
+
+
+def parser(name: str) -> ArgumentParser:
+    """The parser of one command."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    command = COMMANDS[name]
+    p = ArgumentParser(
+        prog=f"rlfseg {name}",
+        description=f"{command.what[0].upper()}{command.what[1:]}. In: {command.goes_in}. Out: {command.comes_out}. "
+        f"Example: {command.example}",
+    )
+    p.add_argument(
+        "--config", action=ActionConfigFile, help="YAML with any of the settings below; may be given several times"
+    )
+    p.add_class_arguments(command.settings)
+    return p
+
+
+def _field_error(error: Any) -> str:
+    field = ".".join(map(str, error["loc"]))
+    return f"{field}: {error['input']!r}: {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _complain(name: str, error: Exception, code: int) -> int:
+    print(f"rlfseg {name}: {error}", file=sys.stderr)
+    return code
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:10} {c.what}" for name, c in COMMANDS.items())
+    return f"rlfseg {__version__}: pixel-exact masks from words, by rectified flow in one step\n\n{rows}\n\n`rlfseg COMMAND --help` teaches each."
+
+
+def _show(summary: Any) -> None:
+    speed = f", {summary.rows_in / summary.seconds:.1f}/s" if summary.seconds else ""
+    resumed = f", {summary.resumed} of them done before" if summary.resumed else ""
+    print(
+        f"{summary.name}: {summary.rows_in} in, {summary.rows_out} out, {len(summary.refused)} refused{resumed}; "
+        f"{summary.seconds:.1f} s{speed}; {summary.out}"
+    )
+    for row_id, reason in list(summary.refused.items())[:20]:
+        print(f"  refused {row_id}: {reason}")
+    if len(summary.refused) > 20:
+        print(f"  ... and {len(summary.refused) - 20} more")
+    for figure, value in summary.figures.items():
+        print(f"  {figure}: {value:.4f}" if isinstance(value, float) else f"  {figure}: {value}")

@@ -1,0 +1,136 @@
+"""Calibrate: the mask threshold and the eps of AOS and HSS, tuned on a validation split and written into the adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from rlfseg import adapter, draw, images, sampling, tracking
+from rlfseg.config import CalibrateConfig, as_dict
+from rlfseg.metrics import THRESHOLDS, Sums
+from rlfseg.pipeline.folders import write_json
+from rlfseg.pipeline.rows import OK, Row, Rows
+from rlfseg.pipeline.samples import LoadSample, open_samples
+from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.segmenter import Segmenter
+
+ONE_STEP = "one step"
+HSS_STEPS = 5  # K of Eq. 8 (A.2)
+SCHEMA = pa.schema([("id", pa.string()), ("status", pa.string()), ("curves", pa.string()), ("phrases", pa.int32())])
+
+
+def run(config: CalibrateConfig) -> Summary:
+    """Searches and writes the choice into `config.adapter`; the search is in `config.out`/calibration.json.
+
+    Raises:
+        ModelError: The adapter can't be loaded.
+    """
+    samples, out = open_samples(config.samples), Path(config.out).absolute()
+    folder = Path(config.adapter).absolute()
+    card = adapter.read_card(folder)
+    settings = as_dict(config)
+    connect()
+    summary = run_stage(
+        Stage(
+            name="calibrate",
+            rows=samples.rows,
+            load=LoadSample(samples.folder),
+            work=Calibrator,
+            kwargs={"reference": str(folder), "config": config},
+            schema=SCHEMA,
+            out=out,
+            run=config.run,
+            gpus=gpus_per_worker(config.run, config.device),
+            identity=samples.identity | {k: settings[k] for k in ("adapter", "eps", "gamma_max")} | {"data": card.data},
+            finalize=partial(_choose, out),
+        )
+    )
+    chosen = json.loads((out / "calibration.json").read_text())["chosen"]
+    adapter.write_card(folder, dataclasses.replace(card, **{k: chosen[k] for k in ("threshold", "eps_aos", "eps_hss")}))
+    with tracking.Run.start(
+        config.tracking,
+        params=settings,
+        run_name=out.name,
+        tags={"rlfseg.stage": "calibrate"},
+        parent=card.run_id or None,
+    ) as recorded:
+        recorded.log_metrics({f"calibration/{k}": v for k, v in chosen.items()})
+        for path in (out / "calibration.json", out / "calibration.png"):
+            recorded.log_artifact(path, "calibration")
+    return Summary(**{**vars(summary), "figures": chosen})
+
+
+class Calibrator:
+    """The per-image work: mIoU at every threshold, for one step and for AOS and HSS at every eps.
+
+    Args:
+        reference: Adapter folder.
+        config: Values to try.
+        segmenter: A loaded one, instead of `reference`.
+    """
+
+    def __init__(self, reference: str, config: CalibrateConfig, segmenter: Segmenter | None = None):
+        self.config = config
+        self.segmenter = segmenter or Segmenter.load(reference, device=config.device)
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Rows with `image`, `captions`, `labels` in; sums of IoU by threshold out, as JSON."""
+        return [self._image(row) for row in rows]
+
+    @torch.no_grad()
+    def _image(self, row: Row) -> Row:
+        backbone, size = self.segmenter.backbone, row["image"].shape[:2]
+        curves: dict[str, list[int]] = {}
+        if row["captions"]:
+            z1 = self.segmenter.encode([row["image"]]).expand(len(row["captions"]), -1, -1, -1)
+            with backbone.autocast():
+                candidates = self._candidates(z1, backbone.text(row["captions"]))
+            for name, z0 in candidates.items():
+                sums = Sums()
+                for score, truth in zip(
+                    images.tensor_to_score(backbone.decode(z0), size).cpu().numpy(), row["labels"], strict=True
+                ):
+                    sums.add(score, truth, self.segmenter.card.threshold)
+                curves[name] = sums.to_dict()["iou_by_threshold"]
+        return {"id": row["id"], "status": OK, "curves": json.dumps(curves), "phrases": len(row["captions"])}
+
+    def _candidates(self, z1: Tensor, text: Tensor) -> dict[str, Tensor]:
+        """Mask latents of every setting; the UNet is asked once for the step and four times for HSS's reference."""
+        v, limit, backbone = self.segmenter.backbone.velocity, self.config.gamma_max, self.segmenter.backbone
+        z0, dz = sampling.one_step(v, z1, text)
+        multi = sampling.euler(v, z1, text, HSS_STEPS, dz)
+        found = {ONE_STEP: z0}
+        for eps in self.config.eps:
+            found[f"aos {eps:g}"] = sampling.aos(z1, dz, backbone.black(), eps, limit).z0
+            found[f"hss {eps:g}"] = sampling.rescale(z1, dz, multi, eps, limit).z0
+        return found
+
+
+def _choose(out: Path, counts: Row) -> Row:
+    """The threshold by the single step; then each eps by mIoU at that threshold."""
+    total: dict[str, np.ndarray] = {}
+    phrases = 0
+    for path in (out / "data").glob("*.parquet"):
+        for row in pq.read_table(path).to_pylist():
+            phrases += row["phrases"] or 0
+            for name, curve in json.loads(row["curves"] or "{}").items():
+                total[name] = total.get(name, 0) + np.array(curve, dtype=object)
+    sums = {name: Sums(n_samples=phrases, iou_by_threshold=np.array(c, dtype=np.int64)) for name, c in total.items()}
+    curves = {name: s.miou_by_threshold() for name, s in sums.items()}
+    best = int(curves[ONE_STEP].argmax())
+    at_threshold = {name: float(curve[best]) for name, curve in curves.items()}
+    chosen: dict[str, float] = {"threshold": float(THRESHOLDS[best]), "miou_one_step": at_threshold[ONE_STEP]}
+    for way in ("aos", "hss"):
+        name = max((n for n in curves if n.startswith(way)), key=at_threshold.__getitem__)
+        chosen |= {f"eps_{way}": float(name.split()[1]), f"miou_{way}": at_threshold[name]}
+    write_json(out / "calibration.json", {"chosen": chosen, "miou": at_threshold, "phrases": phrases})
+    draw.iou_by_threshold(out / "calibration.png", THRESHOLDS, curves)
+    return counts

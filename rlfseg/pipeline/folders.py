@@ -1,0 +1,89 @@
+"""Output folders that are whole or unfinished, never in doubt: `_STARTED.json` before the first row, `_SUCCESS.json` after the last."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from rlfseg.config import digest
+from rlfseg.errors import DataError
+from rlfseg.pipeline.rows import OK, Row
+
+
+def begin(out: Path, identity: Row) -> str:
+    """Claims a folder for a job: `new`, `resume` (unfinished, same identity) or `done`.
+
+    Raises:
+        DataError: The folder belongs to a job with other settings or inputs; names the fields.
+    """
+    started = out / "_STARTED.json"
+    if started.exists():
+        known = json.loads(started.read_text())["identity"]
+        now = json.loads(json.dumps(identity))
+        if known != now:
+            fields = [
+                f"{k} ({known.get(k)!r} then, {now.get(k)!r} now)"
+                for k in sorted({*known, *now})
+                if known.get(k) != now.get(k)
+            ]
+            raise DataError(
+                f"{out} was begun with other settings: {'; '.join(fields)}; give another `out` or delete it"
+            )
+        return "done" if (out / "_SUCCESS.json").exists() else "resume"
+    if out.exists() and any(out.iterdir()):
+        raise DataError(f"{out} is not empty and was not written by this command; give another `out`")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(started, {"schema": 1, "hash": digest(identity), "identity": identity})
+    return "new"
+
+
+def finish(out: Path, identity: Row, counts: Row) -> None:
+    """Marks a folder as whole; the last thing that a job does."""
+    write_json(out / "_SUCCESS.json", {"schema": 1, "hash": digest(identity), "identity": identity, **counts})
+
+
+def require_finished(folder: Path) -> Row:
+    """What `_SUCCESS.json` says of a finished folder.
+
+    Raises:
+        DataError: There is none: the job that writes it has not finished.
+    """
+    path = folder / "_SUCCESS.json"
+    if not path.is_file():
+        state = (
+            "unfinished: start the same command again"
+            if (folder / "_STARTED.json").exists()
+            else "not an rlfseg folder"
+        )
+        raise DataError(f"{folder} is {state} (no _SUCCESS.json)")
+    return dict(json.loads(path.read_text()))
+
+
+def fingerprint(folder: Path) -> str:
+    """Short hash of what a finished folder was made from, and how."""
+    return sha256((folder / "_SUCCESS.json").read_bytes()).hexdigest()[:12]
+
+
+def write_json(path: Path, tree: Row) -> None:
+    """Writes JSON in one move."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False))
+    os.replace(temporary, path)
+
+
+def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
+    """Rows of a finished stage that are `ok`, file by file.
+
+    Raises:
+        DataError: The stage has not finished.
+    """
+    require_finished(folder)
+    for path in sorted((folder / "data").glob("*.parquet")):
+        for row in pq.read_table(path, columns=list({*columns, "status"}) if columns else None).to_pylist():
+            if row["status"] == OK:
+                yield row

@@ -1,0 +1,1 @@
+"""The service; see `serve/app.py`."""

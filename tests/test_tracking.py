@@ -1,0 +1,472 @@
+"""Against a real MLflow: sqlite, and a server that is stopped and started. Each test copies one migrated database."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from mlflow import MlflowClient
+from mlflow.entities import Run as Recorded
+from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
+
+from rlfseg import tracking
+from rlfseg.config import TrackingConfig
+from rlfseg.errors import ConfigError, ModelError
+from rlfseg.tracking import Run, metric_name
+
+STAND_IN = """
+from mlflow.models import ModelSignature, set_model
+from mlflow.pyfunc.model import PythonModel
+from mlflow.types import ColSpec, DataType, Schema
+from pathlib import Path
+import pandas as pd
+
+EXAMPLE = {"phrase": ["ring"]}
+SIGNATURE = ModelSignature(Schema([ColSpec(DataType.string, "phrase")]), Schema([ColSpec(DataType.string, "said")]))
+PACKAGES = ("pandas", "torch")
+
+class Echo(PythonModel):
+    def load_context(self, context):
+        self.word = (Path(context.artifacts["adapter"]) / "word.txt").read_text()
+    def predict(self, context, model_input: pd.DataFrame, params=None) -> pd.DataFrame:
+        return pd.DataFrame({"said": self.word + model_input["phrase"]})
+
+set_model(Echo())
+"""
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").get_experiment_by_name("rlfseg")
+    return path
+
+
+@pytest.fixture
+def home(migrated: Path, tmp_path: Path) -> Path:
+    """A folder with a database that needs no migration."""
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def start(home: Path, **options: object) -> Run:
+    settings: dict[str, object] = {"params": {"lr": 1e-4}, "system_metrics": False, "default_dir": home}
+    return Run.start(TrackingConfig(), **settings | options)  # type: ignore[arg-type]
+
+
+def client(run: Run) -> MlflowClient:
+    return MlflowClient(run.uri)
+
+
+def recorded(run: Run) -> Recorded:
+    return client(run).get_run(str(run.id))
+
+
+def steps(run: Run, key: str, uri: str | None = None) -> list[int]:
+    return [m.step for m in MlflowClient(uri or run.uri).get_metric_history(str(run.id), key)]
+
+
+# --- names and places
+
+
+def test_default_is_an_absolute_sqlite_with_artifacts_beside_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(home)
+    assert tracking.resolve_uri() == f"sqlite:///{home}/runs/mlflow.db"
+    assert tracking.resolve_uri("sqlite:///here.db") == f"sqlite:///{home}/here.db"
+    run = start(home)
+    assert recorded(run).info.artifact_uri.startswith(f"{home.as_uri()}/artifacts/")
+    assert not (home / "mlruns").exists()
+
+
+def test_environment_names_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    assert tracking.resolve_uri() == "http://mlflow:5000"
+    assert tracking.resolve_uri("https://other") == "https://other"
+
+
+@pytest.mark.parametrize(
+    "uri", ["file:///tmp/mlruns", "./mlruns", "/tmp/mlruns", "sqlite://", "sqlite:///:memory:", "ftp://x"]
+)
+def test_places_that_cannot_hold_runs_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=r"tracking\.uri.*sqlite:///ABSOLUTE"):
+        tracking.resolve_uri(uri)
+
+
+def test_a_damaged_database_stops_the_job_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_bytes(b"this is no database" * 300)
+    with pytest.raises(ConfigError, match="not a database"):
+        start(tmp_path)
+
+
+def test_names() -> None:
+    assert metric_name("val/miou") == "val/miou"
+    assert metric_name("mIoU@0.5") == "mIoU_at_0.5"
+    assert metric_name("IoU[person]") == "IoU/person"
+    assert metric_name("AP: chien e\u0301") == metric_name("AP: chien é") == "AP: chien é"
+
+
+@given(st.text(max_size=300))
+def test_every_name_is_one_that_mlflow_takes(name: str) -> None:
+    kept = metric_name(name)
+    assert validate_param_and_metric_name(kept)
+    assert not path_not_unique(kept)
+    assert "\n" not in kept
+    assert len(kept) <= 250
+    assert metric_name(kept) == kept
+
+
+@given(st.text("ab/.#!é ", max_size=8), st.text("ab/.#!é ", max_size=8))
+def test_two_names_never_become_one(a: str, b: str) -> None:
+    assert (metric_name(a) == metric_name(b)) == (a == b)
+
+
+# --- a run
+
+
+def test_parameters_config_and_status(home: Path) -> None:
+    with start(home, params={"lora": {"rank": 4, "targets": ["to_q"]}, "out": None}, run_name="first") as run:
+        assert recorded(run).info.status == "RUNNING"
+    seen = recorded(run)
+    assert seen.data.params == {"lora.rank": "4", "lora.targets": '["to_q"]', "out": "null"}
+    assert (seen.info.run_name, seen.info.status) == ("first", "FINISHED")
+    assert (
+        yaml.safe_load(tracking.download(f"runs:/{run.id}/config.yaml", uri=run.uri).read_text())["lora"]["rank"] == 4
+    )
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError, "FAILED"), (KeyboardInterrupt, "KILLED")])
+def test_status_of_a_job_that_breaks(home: Path, error: type[BaseException], status: str) -> None:
+    with pytest.raises(error), start(home) as run:
+        raise error
+    assert recorded(run).info.status == status
+
+
+def test_off(tmp_path: Path) -> None:
+    run = Run.start(TrackingConfig(enabled=False), params={}, default_dir=tmp_path)
+    with run, Run.attach(run.uri, run.id, node="a") as attached:
+        attached.log_metrics({"loss": 1.0}, 1)
+        attached.log_dict({}, "a.yaml")
+    assert tracking.log_model_folder(run, tmp_path, tmp_path) is None
+    assert run.id is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_active_run_is_needed_in_another_thread(home: Path) -> None:
+    run = start(home)
+    thread = threading.Thread(target=lambda: run.log_metrics({"loss": 0.5}, 3))
+    thread.start()
+    thread.join()
+    assert steps(run, "loss") == [3]
+
+
+def test_artifacts(home: Path) -> None:
+    run = start(home)
+    (home / "a").mkdir()
+    (home / "a" / "x.txt").write_text("x")
+    run.log_artifacts(home / "a", "all")
+    run.log_artifact(home / "a" / "x.txt", "one")
+    run.log_artifact(home / "missing.txt")  # an upload that can't work must not stop the next
+    run.log_dict({"best": 1}, "one/best.json")
+    run.end()
+    folder = Path(recorded(run).info.artifact_uri.removeprefix("file://"))
+    files = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert tracking.download(f"runs:/{run.id}/all", home / "copy", uri=run.uri) == home / "copy" / "all"
+    assert (home / "copy" / "all" / "x.txt").read_text() == "x"
+    assert files == {"all/x.txt", "one/x.txt", "one/best.json", "config.yaml"}
+    assert recorded(run).info.status == "FINISHED"
+
+
+def test_evaluation_links_to_its_training_run(home: Path) -> None:
+    trained = start(home)
+    run = start(home, parent=trained.id, tags={"rlfseg.stage": "evaluate"})
+    tags = recorded(run).data.tags
+    assert tags["mlflow.parentRunId"] == tags["rlfseg.training_run"] == trained.id
+    assert tags["rlfseg.stage"] == "evaluate"
+    assert "mlflow.user" in tags
+
+
+def test_system_metrics_while_the_run_is_open(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    with start(home, system_metrics=True) as run, Run.attach(run.uri, run.id, node="node-1"):
+        deadline = time.monotonic() + 20
+        wanted = {"system/cpu_utilization_percentage", "system/node-1/cpu_utilization_percentage"}
+        while not wanted <= recorded(run).data.metrics.keys() and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert wanted <= recorded(run).data.metrics.keys()
+    assert not [t for t in threading.enumerate() if t.name == "SystemMetricsMonitor"]
+
+
+def test_a_worker_process_attaches_and_leaves_the_run_open(home: Path) -> None:
+    run = start(home)
+    code = (
+        "import sys; from rlfseg.tracking import Run\nwith Run.attach(*sys.argv[1:]) as r: r.log_metrics({'x': 1}, 7)"
+    )
+    subprocess.run([sys.executable, "-c", code, run.uri, str(run.id)], check=True, cwd="/")
+    assert steps(run, "x") == [7]
+    assert recorded(run).info.status == "RUNNING"
+
+
+def test_steps_repeated_after_a_restart_are_logged_once(home: Path) -> None:
+    run = start(home)
+    for first in (1, 4):  # the first worker dies after step 6, its last checkpoint was at 3
+        worker = Run.attach(run.uri, run.id)
+        for step in range(first, first + 6):
+            worker.log_metrics({"loss": step / 10}, step)
+    assert steps(run, "loss") == list(range(1, 10))
+
+
+def test_a_restarted_driver_reopens_its_run_and_ends_it(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(home)
+    run.log_metrics({"loss": 1.0}, 1)
+    run.end("FAILED")
+    with Run.resume(run.uri, str(run.id), default_dir=home) as again:
+        assert recorded(again).info.status == "RUNNING"
+        again.log_metrics({"loss": 1.0}, 1)
+        again.log_metrics({"loss": 0.5}, 2)
+    assert recorded(run).info.status == "FINISHED"
+    assert steps(run, "loss") == [1, 2]
+
+
+# --- known faults
+
+
+@pytest.mark.fault("mlflow-01")
+def test_nan_at_the_step_at_which_the_adapter_is_logged(home: Path) -> None:
+    with start(home) as run:
+        for step in range(1, 5):
+            run.log_metrics({"loss": math.nan if step == 3 else 0.1, "lr": 1.0}, step)
+            if step == 3:
+                model = log_stand_in(run, home)
+    seen = recorded(run)
+    assert seen.info.status == "FINISHED"
+    assert seen.data.tags["rlfseg.nonfinite.loss"] == "1, first nan at step 3"
+    assert (steps(run, "loss"), steps(run, "lr")) == ([1, 2, 4], [1, 2, 3, 4])
+    assert (tracking.download(str(model), uri=run.uri) / "artifacts" / "adapter" / "word.txt").read_text() == "Hello, "
+
+
+@pytest.mark.fault("mlflow-03")
+def test_infinite_gradients_are_counted_not_stored(home: Path) -> None:
+    run = start(home)
+    for step, value in enumerate([1.0, math.inf, -math.inf, 2.0]):
+        run.log_metrics({"train/grad_norm": value}, step)
+    history = client(run).get_metric_history(str(run.id), "train/grad_norm")
+    assert [(m.step, m.value) for m in history] == [(0, 1.0), (3, 2.0)]
+    assert recorded(run).data.tags["rlfseg.nonfinite.train/grad_norm"] == "2, first inf at step 1"
+
+
+@pytest.mark.fault("mlflow-05")
+def test_odd_metric_names(home: Path) -> None:
+    run = start(home)
+    names = ["mIoU@0.5", "IoU[person]", "AP: chien é", "IoU[a/b]", "IoU(a/b)", "", "x" * 400, "../up"]
+    run.log_metrics(dict.fromkeys(names, 0.5) | {"fine": math.nan, "what?": math.inf})
+    seen = recorded(run).data
+    assert seen.metrics.keys() == {metric_name(name) for name in names}
+    assert len(seen.metrics) == len(names)
+    assert f"rlfseg.nonfinite.{metric_name('what?')}" in seen.tags
+
+
+@pytest.mark.fault("mlflow-06")
+def test_long_and_many_parameters(home: Path) -> None:
+    targets = [f"layer.{i}.to_q" for i in range(700)]
+    config = {"lora": {"targets": targets}, **{f"field{i}": i for i in range(300)}}
+    assert len(str(targets)) > 10_000
+    with start(home, params=config) as run:
+        run.log_metrics({"loss": 0.5}, 1)
+    seen = recorded(run)
+    assert len(seen.data.params) == 301
+    assert seen.data.params["field299"] == "299"
+    assert seen.data.params["lora.targets"].endswith("characters, cut here, whole in config.yaml]")
+    assert seen.data.tags["rlfseg.truncated_params"] == "lora.targets"
+    assert (seen.info.status, steps(run, "loss")) == ("FINISHED", [1])
+    assert yaml.safe_load(tracking.download(f"runs:/{run.id}/config.yaml", uri=run.uri).read_text()) == config
+
+
+@contextlib.contextmanager
+def server(home: Path, port: int) -> Iterator[str]:
+    """A real `mlflow server`; leaving the block stops it and all its children."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", f"sqlite:///{home}/mlflow.db", "--artifacts-destination", str(home / "served")]
+    env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (home / "server.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True, cwd=home)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_for(f"{url}/health", process)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server died"
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(url)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+
+
+def train_through_an_outage(home: Path, port: int) -> Run:
+    """Ten steps; the server is stopped before the fifth."""
+    (home / "sheet.png").write_bytes(b"a picture")
+    with server(home, port) as url:
+        run = Run.start(TrackingConfig(uri=url), params={"lr": 1}, default_dir=home, system_metrics=False)
+        for step in range(1, 5):
+            run.log_metrics({"loss": 1 / step}, step)
+    for step in range(5, 11):
+        run.log_metrics({"loss": 1 / step}, step)
+        (home / f"checkpoint-{step}").touch()
+    run.log_artifact(home / "sheet.png", "overlays")
+    assert tracking.log_model_folder(run, home, stand_in(home)) is None
+    return run
+
+
+@pytest.mark.fault("mlflow-07")
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_stops_midway(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with train_through_an_outage(home, free_port()) as run:
+        pass
+    assert len(list(home.glob("checkpoint-*"))) == 6
+    assert steps(run, "loss", f"sqlite:///{home}/mlflow.db") == [1, 2, 3, 4]
+    left = [json.loads(line) for line in (home / f"unsent-{run.id}.jsonl").read_text().splitlines()]
+    assert [(n["key"], n["step"], n["value"]) for n in left] == [("loss", s, 1 / s) for s in range(5, 11)]
+    assert sum("is away; everything is kept" in r.message for r in caplog.records) == 1
+    assert "not recorded: artifact" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_comes_back(home: Path) -> None:
+    port = free_port()
+    run = train_through_an_outage(home, port)
+    with server(home, port):
+        run.end()
+    database = f"sqlite:///{home}/mlflow.db"
+    assert steps(run, "loss", database) == list(range(1, 11))
+    assert MlflowClient(database).get_run(str(run.id)).info.status == "FINISHED"
+    assert [p.name for p in (home / "served").rglob("*.png")] == ["sheet.png"]
+
+
+@pytest.mark.fault("mlflow-07")
+@pytest.mark.usefixtures("impatient")
+def test_a_server_that_is_away_from_the_start(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    uri = f"http://127.0.0.1:{free_port()}"
+    with Run.start(TrackingConfig(uri=uri), params={}, default_dir=tmp_path) as run:
+        for step in range(10):
+            run.log_metrics({"loss": 1.0}, step)
+    assert run.id is None
+    assert [r.levelno for r in caplog.records if r.name == "rlfseg.tracking"] == [logging.WARNING]
+    assert "goes on without being recorded" in caplog.text
+
+
+def test_outages_cost_seconds_not_minutes_and_users_may_say_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in tracking.PATIENCE:
+        monkeypatch.delenv(f"MLFLOW_HTTP_REQUEST_{name}", raising=False)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    Run.start(TrackingConfig(uri=f"http://127.0.0.1:{free_port()}"), params={}, default_dir=tmp_path)
+    assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "20"
+
+
+# --- models
+
+
+def stand_in(home: Path) -> Path:
+    code = home / "code.py"
+    code.write_text(STAND_IN)
+    return code
+
+
+def log_stand_in(run: Run, home: Path) -> str | None:
+    (home / "adapter").mkdir()
+    (home / "adapter" / "word.txt").write_text("Hello, ")
+    return tracking.log_model_folder(run, home / "adapter", stand_in(home))
+
+
+def test_a_logged_model_serves_in_a_fresh_process(home: Path) -> None:
+    run = start(home)
+    uri = log_stand_in(run, home)
+    code = (
+        "import sys, mlflow, pandas as pd\n"
+        "mlflow.set_tracking_uri(sys.argv[1])\n"
+        "model = mlflow.pyfunc.load_model(sys.argv[2])\n"
+        "print(model.predict(pd.DataFrame({'phrase': ['ring', 'star']}))['said'].tolist(), model.metadata.run_id)"
+    )
+    seen = subprocess.run(
+        [sys.executable, "-c", code, run.uri, str(uri)], check=True, cwd="/", capture_output=True, text=True
+    )
+    assert seen.stdout.strip() == f"['Hello, ring', 'Hello, star'] {run.id}"
+    assert [m.model_id for m in recorded(run).outputs.model_outputs] == [str(uri).removeprefix("models:/")]
+    requirements = (tracking.download(str(uri), uri=run.uri) / "requirements.txt").read_text()
+    assert "torch==" in requirements
+    assert "+" not in requirements
+
+
+def test_a_registered_model_is_found_by_alias_and_version_on_the_server_that_is_named(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(home)
+    uri = str(log_stand_in(run, home))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)
+    registry = client(run)
+    registry.create_registered_model("shapes")
+    entry = registry.create_model_version("shapes", uri, run_id=run.id, model_id=uri.removeprefix("models:/"))
+    registry.set_registered_model_alias("shapes", "champion", entry.version)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    (home / "elsewhere").mkdir()
+    monkeypatch.chdir(home / "elsewhere")
+    for reference in (uri, "models:/shapes@champion", "models:/shapes/1", "models:/shapes/latest"):
+        assert (tracking.download(reference, uri=run.uri) / "artifacts" / "adapter" / "word.txt").is_file()
+    assert list((home / "elsewhere").iterdir()) == []
+
+
+def test_downloads_are_files_that_are_never_run(home: Path) -> None:
+    run = start(home)
+    bomb = stand_in(home)
+    uri = log_stand_in(run, home)
+    for copy in (home / "artifacts").rglob(bomb.name):
+        copy.write_text("raise SystemExit('it was run')")
+    folder = tracking.download(str(uri), home / "copy", uri=run.uri)
+    assert folder.is_relative_to(home / "copy")
+    assert (folder / "artifacts" / "adapter" / "word.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    "reference", ["models:/none@champion", "models:/m-0123", "runs:/0123456789abcdef/adapter", "runs:/"]
+)
+def test_references_to_nothing(home: Path, reference: str) -> None:
+    with pytest.raises(ModelError, match=reference):
+        tracking.download(reference, uri=f"sqlite:///{home}/mlflow.db")
