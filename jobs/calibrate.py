@@ -1,9 +1,9 @@
-"""Choose threshold and eps on a validation split and write them into the adapter.
+r"""Choose threshold and eps on a validation split and write them into the adapter.
 
 In: an adapter folder and a folder of `prepare`.
 Out: the adapter's rlfseg.yaml, OUT/calibration.json, OUT/calibration.png.
 
-    ray job submit --working-dir . -- \\
+    ray job submit --working-dir . -- \
         python -m jobs.calibrate --adapter runs/a/train-1/adapter --samples runs/a/val --out runs/a/calibration
 """
 

@@ -1,9 +1,9 @@
-"""Encode images and masks into latents, once.
+r"""Encode images and masks into latents, once.
 
 In: a folder of `refine` (both labels) or of `prepare` (original labels only).
 Out: OUT/data/*.parquet: latents in fp16.
 
-    ray job submit --working-dir . -- \\
+    ray job submit --working-dir . -- \
         python -m jobs.encode --samples runs/a/refined --run.workers 8 --out runs/a/latents
 """
 

@@ -1,9 +1,9 @@
-"""Segment many pictures by phrases.
+r"""Segment many pictures by phrases.
 
 In: a picture, a folder, a glob, a Parquet file with `path` and `phrases`, or a folder of `prepare`.
 Out: OUT/data/*.parquet (COCO RLE), OUT/png, OUT/overlays, OUT/refused.json.
 
-    ray job submit --working-dir . -- \\
+    ray job submit --working-dir . -- \
         python -m jobs.predict --images photos --phrases '[dog, red car]' --overlays true --out runs/masks
 """
 

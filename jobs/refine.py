@@ -1,10 +1,11 @@
-"""Refine polygon-like labels with SAM (Eq. 3, Algorithm 1).
+r"""Refine polygon-like labels with SAM (Eq. 3, Algorithm 1).
 
 In: a folder of `prepare`.
 Out: OUT/data/*.parquet: a refined mask a phrase, or why the original was kept.
 
-    ray job submit --working-dir . -- \\
-        python -m jobs.refine --samples runs/a/train --sam.checkpoint sam_vit_h_4b8939.pth --run.workers 8 --out runs/a/refined
+    ray job submit --working-dir . -- \
+        python -m jobs.refine --samples runs/a/train --sam.checkpoint sam_vit_h_4b8939.pth --run.workers 8 \
+        --out runs/a/refined
 """
 
 import sys

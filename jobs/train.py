@@ -1,9 +1,9 @@
-"""Train an adapter by rectified flow with dynamic selection (Eq. 2, 4).
+r"""Train an adapter by rectified flow with dynamic selection (Eq. 2, 4).
 
 In: a folder of `encode`, and of `prepare` for validation.
 Out: OUT/adapter, OUT/curves.png, OUT/overlays, checkpoints, an MLflow run.
 
-    ray job submit --working-dir . -- \\
+    ray job submit --working-dir . -- \
         python -m jobs.train --latents runs/a/latents --val_samples runs/a/val --workers 8 --out runs/a/train-1
 """
 

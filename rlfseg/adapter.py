@@ -59,11 +59,16 @@ class Card:
 def save(backbone: Backbone, folder: Path, card: Card) -> None:
     """Writes the trained weights, the card and the model card into `folder`.
 
+    Args:
+        backbone: Holds the trained UNet, with a LoRA or without.
+        folder: Made where it is missing.
+        card: What goes into `rlfseg.yaml`.
+
     Raises:
         ModelError: The weights are not what a plain UNet could load.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    unet = backbone.velocity.unet
+    unet: Any = backbone.velocity.unet
     if isinstance(unet, PeftModel):
         wrapped = [n for n, _ in unet.named_parameters() if n.startswith("module.") or "_orig_mod." in n]
         if wrapped:
@@ -83,6 +88,12 @@ def write_card(folder: Path, card: Card) -> None:
 def read_card(folder: Path) -> Card:
     """Reads and checks `rlfseg.yaml`.
 
+    Args:
+        folder: An adapter folder.
+
+    Returns:
+        The checked card.
+
     Raises:
         ModelError: It is missing or holds something else.
     """
@@ -98,8 +109,14 @@ def read_card(folder: Path) -> Card:
 def resolve(reference: str) -> Path:
     """The folder of an adapter, by the form of its reference.
 
-    `tiny` is shipped; `models:/...` and `runs:/...` are downloaded from MLflow as files and never run; `hf:owner/name@revision`
-    comes from the hub; anything else is a path.
+    `tiny` is shipped; `models:/...` and `runs:/...` are downloaded from MLflow as files and never run;
+    `hf:owner/name@revision` comes from the hub; anything else is a path.
+
+    Args:
+        reference: In any of these forms.
+
+    Returns:
+        The folder that holds `rlfseg.yaml`.
 
     Raises:
         ModelError: There is none.
@@ -116,14 +133,23 @@ def resolve(reference: str) -> Path:
     found = [f for f in (folder, folder / "adapter", folder / "artifacts" / "adapter") if (f / CARD).is_file()]
     if not found:
         raise ModelError(
-            f"adapter: {reference} holds no {CARD}; give `tiny`, a folder written by `rlfseg train`, models:/name@alias, "
-            "runs:/id/adapter or hf:owner/name@revision"
+            f"adapter: {reference} holds no {CARD}; give `tiny`, a folder written by `rlfseg train`, "
+            "models:/name@alias, runs:/id/adapter or hf:owner/name@revision"
         )
     return found[0]
 
 
 def load(folder: Path, *, device: str = "auto", dtype: str = "auto", base_only: bool = False) -> tuple[Backbone, Card]:
     """The base with the adapter on it (or, with `base_only`, without), and its card.
+
+    Args:
+        folder: An adapter folder, see `resolve`.
+        device: `auto`, `cpu` or `cuda`.
+        dtype: `auto`, `fp32` or `bf16`.
+        base_only: Leave the adapter off.
+
+    Returns:
+        The backbone in evaluation mode and the card.
 
     Raises:
         ModelError: Base or adapter can't be loaded, or don't fit each other.
@@ -143,6 +169,13 @@ def load(folder: Path, *, device: str = "auto", dtype: str = "auto", base_only: 
 def export(folder: Path, out: Path) -> Path:
     """Writes `pytorch_lora_weights.safetensors`, for `pipe.load_lora_weights` of diffusers, with its alpha and rank.
 
+    Args:
+        folder: An adapter folder.
+        out: Folder to write to.
+
+    Returns:
+        The written file.
+
     Raises:
         ModelError: The adapter is a full UNet; diffusers reads that folder as it is.
     """
@@ -153,7 +186,7 @@ def export(folder: Path, out: Path) -> Path:
     if card.full:
         raise ModelError(f"{folder / 'unet'} is a whole UNet already: UNet2DConditionModel.from_pretrained reads it")
     backbone, _ = load(folder, device="cpu", dtype="fp32")
-    unet = backbone.velocity.unet
+    unet: Any = backbone.velocity.unet
     StableDiffusionPipeline.save_lora_weights(
         out,
         unet_lora_layers={k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(unet).items()},
@@ -174,7 +207,8 @@ tags: [image-segmentation, rectified-flow, lora]
 
 # RLFseg adapter
 
-Masks from words in one UNet step: a rectified flow from the latent of a {card.resolution} x {card.resolution} image to its mask's.
+Masks from words in one UNet step: a rectified flow from the latent of a {card.resolution} x {card.resolution} image
+to its mask's.
 
 | | |
 |---|---|

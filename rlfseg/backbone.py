@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from cachetools import LRUCache
@@ -40,7 +41,8 @@ class Velocity(nn.Module):
 
     def forward(self, z: Float[Tensor, "B C h w"], t: Float[Tensor, " B"], text: Float[Tensor, "B T D"]) -> Tensor:
         """Velocity z1 - z0 as predicted at z_t and t in [0, 1], Float [B, C, h, w]."""
-        return self.unet(z, t * TIME_SCALE, encoder_hidden_states=text, return_dict=False)[0]
+        velocity: Tensor = self.unet(z, t * TIME_SCALE, encoder_hidden_states=text, return_dict=False)[0]
+        return velocity
 
 
 class Backbone:
@@ -50,6 +52,13 @@ class Backbone:
         velocity: The velocity model; train its parameters that require a gradient.
         source: Folder that the weights came from.
         resolution: Side of images and masks in pixels.
+
+    Args:
+        source: A diffusers folder.
+        resolution: Side of images and masks in pixels.
+        device: `cpu` or `cuda`.
+        dtype: Arithmetic of the frozen parts.
+        unet: Replaces the folder's own.
     """
 
     def __init__(
@@ -59,7 +68,7 @@ class Backbone:
         resolution: int,
         device: str,
         dtype: torch.dtype,
-        unet: UNet2DConditionModel | None = None,
+        unet: nn.Module | None = None,
     ):
         self.source, self.resolution, self.device, self.dtype = source, resolution, device, dtype
         # fp16 on disk is only storage: the autoencoder overflows in fp16, LoRA needs fp32 beside it
@@ -73,13 +82,14 @@ class Backbone:
             unet = unet or UNet2DConditionModel.from_pretrained(source / "unet", **frozen)
         except (OSError, ValueError) as error:
             raise ModelError(f"backbone.base: {source} can't be loaded as a diffusers folder: {error}") from error
-        for part in (self.vae, self.text_encoder, unet):
+        parts: tuple[nn.Module, ...] = (self.vae, self.text_encoder, unet)
+        for part in parts:
             part.to(device).eval().requires_grad_(False)
         self.velocity = Velocity(unet)
         self._text_cache: LRUCache[str, Tensor] = LRUCache(TEXT_CACHE)
 
     @classmethod
-    def load(cls, config: BackboneConfig, *, unet: UNet2DConditionModel | None = None) -> Backbone:
+    def load(cls, config: BackboneConfig, *, unet: nn.Module | None = None) -> Backbone:
         """Loads a base without an adapter; `unet` replaces the folder's own (full fine-tuning)."""
         device = choose_device(config.device)
         return cls(
@@ -95,18 +105,19 @@ class Backbone:
     @property
     def factor(self) -> int:
         """Pixels a latent cell and side: 8 in SD, 4 in the drawn world."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B C h w"]:
         """Pixels in [-1, 1] -> scaled latents: the posterior's mode, so that latents can be cached."""
-        latents = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode()
-        return latents.float() * self.vae.config.scaling_factor
+        latents: Tensor = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode()
+        return latents.float() * float(self.vae.config.scaling_factor)
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 R R"]:
         """Scaled latents -> pixels, about [-1, 1] and not clamped."""
         scaled = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
-        return self.vae.decode(scaled, return_dict=False)[0].float()
+        pixels: Tensor = self.vae.decode(scaled, return_dict=False)[0]
+        return pixels.float()
 
     @lru_cache(maxsize=1)  # noqa: B019  one backbone lives as long as its process
     def black(self) -> Float[Tensor, "1 C h w"]:
@@ -136,16 +147,21 @@ class Backbone:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
-        return self.text_encoder(ids.to(self.device)).last_hidden_state.float()
+        states: Tensor = self.text_encoder(ids.to(self.device)).last_hidden_state
+        return states.float()
 
     def too_long(self, phrase: str) -> bool:
         """Whether the text encoder sees only the beginning of a phrase."""
-        return len(self.tokenizer(phrase).input_ids) > self.tokenizer.model_max_length
+        return bool(len(self.tokenizer(phrase).input_ids) > self.tokenizer.model_max_length)
 
     # --- adapters ------------------------------------------------------------------------------------------------
 
     def add_lora(self, config: LoraConfig, *, seed: int = 42) -> None:
         """Adds an untrained LoRA (it changes nothing yet), or with `full` frees all weights of the UNet.
+
+        Args:
+            config: Rank, alpha, target modules, or `full`.
+            seed: Seed of the LoRA's A matrices.
 
         Raises:
             ConfigError: A target matches no layer.
@@ -165,7 +181,7 @@ class Backbone:
                 unet,
                 PeftLoraConfig(
                     r=config.rank,
-                    lora_alpha=config.alpha or config.rank,
+                    lora_alpha=config.alpha or config.rank,  # type: ignore[arg-type]  # any number: it is divided by r
                     lora_dropout=0.0,
                     init_lora_weights="gaussian",
                     target_modules=list(config.targets),
@@ -176,6 +192,10 @@ class Backbone:
 
     def load_lora(self, folder: Path, *, trainable: bool = False) -> None:
         """Puts a saved LoRA on the UNet.
+
+        Args:
+            folder: An adapter folder in peft's format.
+            trainable: Whether its weights require a gradient.
 
         Raises:
             ModelError: Its keys or shapes don't fit this base: loading it would silently change nothing.
@@ -194,12 +214,15 @@ class Backbone:
     def load_weights(self, folder: Path) -> None:
         """Copies saved weights into the trainable ones, in place, so that an optimizer keeps hold of them.
 
+        Args:
+            folder: Written by `adapter.save` with the same settings.
+
         Raises:
             ModelError: The names differ.
         """
         unet = self.velocity.unet
         if isinstance(unet, PeftModel):
-            found = set_peft_model_state_dict(unet, load_file(folder / "adapter_model.safetensors"))
+            found: Any = set_peft_model_state_dict(unet, load_file(folder / "adapter_model.safetensors"))
             if found.unexpected_keys:
                 raise ModelError(f"{folder}: weights {found.unexpected_keys[:3]} belong to no layer of {self.source}")
         else:
@@ -223,6 +246,12 @@ class Backbone:
 
 def resolve_base(reference: str) -> Path:
     """The folder of a base: `tiny`, `hf:owner/name@revision` (downloaded once), or a path.
+
+    Args:
+        reference: In any of these forms.
+
+    Returns:
+        A diffusers folder.
 
     Raises:
         ModelError: Nothing is there, or the hub can't be reached and has not been asked before.
@@ -254,8 +283,9 @@ def _download(name: str) -> Path:
             allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*model.safetensors"],
         )
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise ModelError(
-            f"backbone.base: hf:{name} can't be downloaded and isn't in the cache ({os.environ.get('HF_HOME', '~/.cache/huggingface')}); "
+            f"backbone.base: hf:{name} can't be downloaded and isn't in the cache ({cache}); "
             f"check the name and the network, or give a local diffusers folder: {error}"
         ) from error
     return Path(folder)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 from pydantic import ValidationError
 
 from rlfseg import __version__, config
@@ -45,7 +45,8 @@ COMMANDS: dict[str, Command] = {
         what="refine polygon-like labels with SAM (Eq. 3, Algorithm 1)",
         goes_in="a folder of `prepare`",
         comes_out="OUT/data/*.parquet: a refined mask a phrase, or why the original was kept",
-        example="rlfseg refine --samples runs/a/train --sam.checkpoint sam_vit_h_4b8939.pth --run.workers 8 --out runs/a/refined",
+        example="rlfseg refine --samples runs/a/train --sam.checkpoint sam_vit_h_4b8939.pth --run.workers 8 "
+        "--out runs/a/refined",
     ),
     "encode": Command(
         settings=config.EncodeConfig,
@@ -77,7 +78,8 @@ COMMANDS: dict[str, Command] = {
         what="measure an adapter, or masks already made, at original size",
         goes_in="a folder of `prepare` with true masks; an adapter, or a folder of `predict`, `refine` or `prepare`",
         comes_out="OUT/results.json, results.md, iou_by_threshold.png, best.png, worst.png, an MLflow run",
-        example="rlfseg evaluate --adapter runs/a/train-1/adapter --samples runs/a/test --sampling.rescale aos --out runs/a/test-aos",
+        example="rlfseg evaluate --adapter runs/a/train-1/adapter --samples runs/a/test --sampling.rescale aos "
+        "--out runs/a/test-aos",
     ),
     "predict": Command(
         settings=config.PredictConfig,
@@ -112,7 +114,7 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
         arguments: The rest of the line; None: of this process.
 
     Returns:
-        Exit code: 0 done; 1 failed, with the cause in one line; 2 wrong settings; 3 done, but some samples were refused.
+        Exit code: 0 done; 1 failed, with the cause in one line; 2 wrong settings; 3 done, but samples were refused.
     """
     command = COMMANDS[name]
     try:
@@ -133,6 +135,13 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
 
 def parse(name: str, arguments: list[str]) -> Any:
     """A command's settings: defaults < `--config a.yaml` < `--config b.yaml` < flags, in the order on the line.
+
+    Args:
+        name: The command.
+        arguments: What follows it on the line.
+
+    Returns:
+        An instance of the command's config class.
 
     Raises:
         ConfigError: A value is out of range: one line with field, value and what is allowed.
@@ -173,7 +182,8 @@ def _complain(name: str, error: Exception, code: int) -> int:
 
 def _overview() -> str:
     rows = "\n".join(f"  {name:10} {c.what}" for name, c in COMMANDS.items())
-    return f"rlfseg {__version__}: pixel-exact masks from words, by rectified flow in one step\n\n{rows}\n\n`rlfseg COMMAND --help` teaches each."
+    title = f"rlfseg {__version__}: pixel-exact masks from words, by rectified flow in one step"
+    return f"{title}\n\n{rows}\n\n`rlfseg COMMAND --help` teaches each."
 
 
 def _show(summary: Any) -> None:

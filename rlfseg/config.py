@@ -1,4 +1,4 @@
-"""Every setting of every command: frozen dataclasses, one a command, with the paper's values where the paper gives them.
+"""Every setting of every command: frozen dataclasses, one a command, with the paper's values where it gives them.
 
 Each field says what it means, its unit, and where its default comes from; "ours" marks what the paper leaves open.
 Imports neither torch nor ray, so that `--help` is quick.
@@ -40,7 +40,7 @@ class BackboneConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the frozen parts and of autocast; LoRA weights are always fp32. `auto`: bf16 on a GPU, else fp32."""
+    """Arithmetic of the frozen parts and autocast; LoRA weights are always fp32. `auto`: bf16 on a GPU, else fp32."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -135,7 +135,7 @@ class PrepareConfig:
     source: Literal["shapes", "folder"] = "shapes"
     """`shapes` draws scenes; `folder` reads images with mask PNGs and a list of phrases."""
     path: str | None = None
-    """For `folder`: a JSON, JSONL or CSV list of phrases, or the folder that holds an index.json, phrases.jsonl or phrases.csv."""
+    """For `folder`: a JSON, JSONL or CSV list of phrases, or the folder of index.json, phrases.jsonl or phrases.csv."""
     splits: tuple[str, ...] = ()
     """For `folder`: keep only images whose `split` is one of these; empty: all."""
     shapes: ShapesConfig = Field(default_factory=ShapesConfig)
@@ -261,7 +261,7 @@ class TrainConfig:
     selection: Literal["dynamic", "original", "refined"] = "dynamic"
     """The label that a sample learns from: the easier (Eq. 4), or always one of the two."""
     t_sampling: Literal["uniform", "one", "mixed"] = "uniform"
-    """Times trained on: U(0, 1) as in the paper (3.2), only t = 1 (the time that one-step sampling uses), or half and half."""
+    """Times trained on: U(0, 1) as in the paper (3.2), only t = 1 (what one-step sampling uses), or half and half."""
     workers: PositiveInt = 1
     """Training processes, one GPU each where the device is a GPU. Paper: 8."""
     cpus: Positive = 1.0
@@ -337,7 +337,7 @@ class PredictConfig:
     """Masks for phrases on many pictures."""
 
     images: str
-    """A picture, a folder, a glob, a Parquet file with columns `path` and `phrases`, or a folder written by `prepare`."""
+    """A picture, a folder, a glob, a Parquet file with columns `path` and `phrases`, or a folder of `prepare`."""
     out: str
     """Folder to write Parquet with masks as COCO RLE to, and PNGs and overlays on request."""
     phrases: tuple[str, ...] = ()

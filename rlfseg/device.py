@@ -10,6 +10,12 @@ from rlfseg.errors import ConfigError
 def choose_device(wanted: str) -> str:
     """`cuda` or `cpu`; `auto` takes the GPU where there is one.
 
+    Args:
+        wanted: `auto`, `cpu` or `cuda`.
+
+    Returns:
+        A name that torch takes.
+
     Raises:
         ConfigError: A GPU is asked for and this process sees none.
     """

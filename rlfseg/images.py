@@ -97,6 +97,14 @@ def load_mask(
 def image_size(source: Source, *, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width of a picture as people see it, from its header; the pixels may still be damaged.
 
+    Args:
+        source: A path, bytes or a file.
+        name: For messages.
+        max_pixels: Most pixels accepted.
+
+    Returns:
+        (H, W), after EXIF rotation.
+
     Raises:
         BadSample: Not a picture, or more than `max_pixels` pixels.
     """
@@ -218,6 +226,12 @@ def rle_decode(counts: str, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
     """The pictures directly in a folder by suffix in any case, sorted by name; hidden files are left out.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Paths that begin with `folder`.
 
     Raises:
         DataError: No such folder.

@@ -1,8 +1,8 @@
 """Segment Anything behind three functions: load, embed an image once, answer prompts of equal N in one call.
 
-Frames. `SAM's frame` is the padded square that its networks see: the image's long side resized to `img_size` (1024 in the
-released models), padded right and bottom. Low-res logits and mask prompts live in that frame at a quarter of its patch grid's
-resolution: side `4 * embedding side`, 256 for the released models.
+Frames. `SAM's frame` is the padded square that its networks see: the image's long side resized to `img_size` (1024 in
+the released models), padded right and bottom. Low-res logits and mask prompts live in that frame at a quarter of its
+patch grid's resolution: side `4 * embedding side`, 256 for the released models.
 """
 
 from __future__ import annotations
@@ -54,9 +54,16 @@ class SamModel:
     def load(cls, config: SamConfig) -> SamModel:
         """Loads the shipped tiny SAM or an official checkpoint.
 
+        Args:
+            config: Checkpoint, architecture and device.
+
+        Returns:
+            The model in evaluation mode.
+
         Raises:
             ModelError: The file is missing or holds other weights.
-            ConfigError: The architecture is neither given nor in the file's name, or a GPU is asked for and there is none.
+            ConfigError: The architecture is neither given nor in the file's name, or there is no GPU and one is asked
+                for.
         """
         device = choose_device(config.device)
         if config.checkpoint == "tiny":
@@ -110,7 +117,7 @@ class SamModel:
         return full, low, iou
 
     def mask_prompt(self, masks: UInt8[np.ndarray, "B H W"]) -> Float[Tensor, "B 1 h w"]:
-        """Binary masks at original size -> logits of -10 and +10 in SAM's frame: long side fitted, padded right and bottom."""
+        """Binary masks at original size -> logits -10, +10 in SAM's frame: long side fitted, padded right and below."""
         side = 4 * self.sam.prompt_encoder.image_embedding_size[0]
         size = _fit((masks.shape[1], masks.shape[2]), side)
         soft = torch.from_numpy(np.array(masks)).float()[:, None]

@@ -95,6 +95,9 @@ class Segmenter:
             dtype: `auto`, `fp32` or `bf16`.
             base_only: Leave the adapter off.
 
+        Returns:
+            Ready to call.
+
         Raises:
             ModelError: It can't be loaded.
         """
@@ -118,6 +121,9 @@ class Segmenter:
             sampling: Steps, AOS or HSS; default: one step.
             threshold: Score above which a pixel is mask; default: the adapter's own.
 
+        Returns:
+            Mask and score of each phrase at the picture's size.
+
         Raises:
             BadSample: The picture can't be decoded, or a phrase is empty.
         """
@@ -131,13 +137,16 @@ class Segmenter:
         sampling: SamplingConfig | None = None,
         threshold: float | None = None,
     ) -> list[list[Result]]:
-        """Many pictures of any sizes, each with its own phrases: one encoding a picture, phrases batched across pictures.
+        """Many pictures of any sizes, each with its phrases: one encoding a picture, phrases batched across pictures.
 
         Args:
             pictures: uint8 RGB [H, W, 3] each.
             phrases: For each picture.
             sampling: Steps, AOS or HSS; default: one step.
             threshold: Score above which a pixel is mask; default: the adapter's own.
+
+        Returns:
+            For each picture a result a phrase.
 
         Raises:
             BadSample: A phrase is empty.
@@ -193,6 +202,12 @@ class Segmenter:
 def to_array(image: Picture) -> NDArray[np.uint8]:
     """Any kind of picture as uint8 RGB [H, W, 3].
 
+    Args:
+        image: A path, bytes, a file, a PIL image or an array.
+
+    Returns:
+        uint8 RGB [H, W, 3].
+
     Raises:
         BadSample: It can't be decoded, or the array is none of a picture.
     """
@@ -209,6 +224,12 @@ def to_array(image: Picture) -> NDArray[np.uint8]:
 
 def checked_phrase(phrase: str) -> str:
     """The phrase without surrounding blanks.
+
+    Args:
+        phrase: As somebody wrote it.
+
+    Returns:
+        The stripped phrase.
 
     Raises:
         BadSample: Nothing is left of it.

@@ -381,7 +381,8 @@ def download(reference: str, folder: Path | None = None, *, uri: str | None = No
     try:
         with _answers():
             source = _location(MlflowClient(place, place), reference)
-            return Path(mlflow.artifacts.download_artifacts(source, None, None, folder and str(folder), place, place))
+            target = str(folder) if folder else None
+            return Path(mlflow.artifacts.download_artifacts(source, None, None, target, place, place))
     except (Away, Refused) as error:
         raise ModelError(f"{reference}: can't be fetched from MLflow at {place}: {error}") from error
 

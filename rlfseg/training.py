@@ -81,9 +81,12 @@ class TrainState:
     def step(self, batch: Batch) -> dict[str, float]:
         """One optimizer step on one batch; afterwards the figures of this process.
 
+        Args:
+            batch: Latents and phrases of this process.
+
         Returns:
-            `loss`; `chose_refined`, the share of the phrases with a refined label that learned from it; `lr`; `grad_norm`
-            before clipping.
+            `loss`; `chose_refined`, the share of the phrases with a refined label that learned from it; `lr`;
+            `grad_norm` before clipping.
         """
         lr = learning_rate(self.config.optimizer, self.step_number, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -139,6 +142,9 @@ class TrainState:
     def load(self, folder: Path) -> None:
         """Goes on from a folder that `save` wrote.
 
+        Args:
+            folder: Written by `save`.
+
         Raises:
             ModelError: It is damaged or belongs to another training.
         """
@@ -153,7 +159,7 @@ class TrainState:
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:
-    """Learning rate of a step: linear warm-up, then constant or cosine down to zero; a pure function, so resuming is exact."""
+    """Learning rate of a step: linear warm-up, then constant or cosine to zero; pure, so that resuming is exact."""
     warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
     if config.schedule == "constant":
         return config.lr * warmup

@@ -98,6 +98,12 @@ def plan(path: str | os.PathLike[str]) -> list[Record]:
 def load(record: Record) -> Sample:
     """Decodes a record's picture and masks.
 
+    Args:
+        record: A line of the plan.
+
+    Returns:
+        The picture and its phrases, masks at the picture's size.
+
     Raises:
         BadSample: Any of them is missing, damaged or of the wrong size, or a text isn't Unicode.
     """

@@ -1,9 +1,9 @@
 """The drawn world: scenes of coloured shapes with phrases, exact masks and polygon-like coarse labels.
 
-A scene is a pure function of `(seed, split, index)`, so splits never share a scene and anyone can redraw them. Three to one
-hundred thousand scenes cost a few milliseconds each; nothing is downloaded. The coarse labels fail in the way of polygon
-annotations (the paper's Appendix A.1): few corners, jittered, holes filled and thin parts cut, so that SAM refinement and
-dynamic selection have something to win.
+A scene is a pure function of `(seed, split, index)`, so splits never share a scene and anyone can redraw them. Three to
+one hundred thousand scenes cost a few milliseconds each; nothing is downloaded. The coarse labels fail in the way of
+polygon annotations (the paper's Appendix A.1): few corners, jittered, holes filled and thin parts cut, so that SAM
+refinement and dynamic selection have something to win.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ class Phrase:
     @property
     def coarse(self) -> Mask:
         """The polygon-like label of the whole phrase, uint8 {0, 1} [H, W]."""
-        return self.coarse_instances.max(axis=0)
+        union: Mask = self.coarse_instances.max(axis=0)
+        return union
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +96,9 @@ def draw_scene(index: int, *, split: Split = "train", seed: int = 42, size: int 
         seed: Seed of the world.
         size: Side of the square picture in pixels.
         n_phrases: Phrases at most; fewer where a scene has fewer distinct ones.
+
+    Returns:
+        The picture with its phrases, exact and coarse masks.
     """
     rng = np.random.default_rng([seed, SPLITS[split], index])
     objects = _place_objects(rng)
@@ -204,7 +208,8 @@ def _background(rng: np.random.Generator, size: int) -> NDArray[np.float64]:
     slope = rng.uniform(-35, 35) * (x - 0.5) + rng.uniform(-35, 35) * (y - 0.5)
     fx, fy = rng.uniform(-4, 4, size=2)
     waves = rng.uniform(0, 9) * np.sin(2 * np.pi * (fx * x + fy * y) + rng.uniform(0, 6.3))
-    return base + (slope + waves)[..., None]
+    ground: NDArray[np.float64] = base + (slope + waves)[..., None]
+    return ground
 
 
 def _paint(rng: np.random.Generator, o: Shape, size: int) -> NDArray[np.float64]:
@@ -227,21 +232,24 @@ def _inside(o: Shape, size: int) -> NDArray[np.bool_]:
     dx, dy = grid[None, :] - o.x, grid[:, None] - o.y
     x = (dx * np.cos(o.angle) + dy * np.sin(o.angle)) / o.radius
     y = (dy * np.cos(o.angle) - dx * np.sin(o.angle)) / o.radius
-    r, theta = np.hypot(x, y), np.arctan2(y, x)
+    r: NDArray[np.float64] = np.hypot(x, y)
+    near: NDArray[np.float64] = np.minimum(abs(x), abs(y))
+    far: NDArray[np.float64] = np.maximum(abs(x), abs(y))
     if o.kind == "circle":
         return r <= 1
     if o.kind == "square":
-        return np.maximum(abs(x), abs(y)) <= 0.82
+        return far <= 0.82
     if o.kind == "ring":
         return (r <= 1) & (r >= 0.52)
     if o.kind == "cross":
-        return (np.minimum(abs(x), abs(y)) <= 0.3) & (np.maximum(abs(x), abs(y)) <= 1)
+        return (near <= 0.3) & (far <= 1)
     # A regular polygon or star: the boundary's radius in the sector between an outer corner and the next inner point.
     corners, inner = {"triangle": (3, 0.5), "star": (5, 0.45)}[o.kind]
     half = np.pi / corners
-    phi = half - abs(theta % (2 * half) - half)
+    phi = half - abs(np.arctan2(y, x) % (2 * half) - half)
     edge = inner * np.sin(half) / (inner * np.sin(half - phi) + np.sin(phi))
-    return r <= edge
+    inside: NDArray[np.bool_] = r <= edge
+    return inside
 
 
 def _place(o: Shape) -> str:
@@ -272,7 +280,7 @@ def _captions(rng: np.random.Generator, objects: list[Shape]) -> list[tuple[str,
         found.setdefault(caption, members)
         found.setdefault(name, same)
     order = list(found.items())
-    rng.shuffle(order)  # type: ignore[arg-type]
+    rng.shuffle(order)
     return order
 
 

@@ -55,6 +55,12 @@ class Place(NamedTuple):
 def open_file(path: str | os.PathLike[str]) -> h5py.File:
     """Opens a file for reading, without locks: shards never change once they have their name.
 
+    Args:
+        path: The file.
+
+    Returns:
+        The open file; the caller closes it.
+
     Raises:
         BadSample: Missing, truncated or not HDF5.
     """
@@ -68,6 +74,14 @@ def open_file(path: str | os.PathLike[str]) -> h5py.File:
 
 def member(group: h5py.Group, name: bytes, place: Place) -> Item | None:
     """A member by its raw name; None where there is none.
+
+    Args:
+        group: Where it lies.
+        name: Its raw name.
+        place: For messages.
+
+    Returns:
+        The group or data set.
 
     Raises:
         BadSample: A link that isn't hard.
@@ -85,6 +99,14 @@ def _require_hard(link: h5py.h5l.LinkInfo, name: bytes, place: Place) -> None:
 
 def descend(group: h5py.Group, path: list[str], place: Place) -> Item | None:
     """Follows names down from a group, each read as UTF-8, else as Latin-1; None where the way ends.
+
+    Args:
+        group: Where the way starts.
+        path: Names, outermost first.
+        place: For messages.
+
+    Returns:
+        The group or data set at its end.
 
     Raises:
         BadSample: A link that isn't hard.
@@ -108,6 +130,16 @@ def leaves(
     seen: set[int] | None = None,
 ) -> Iterator[tuple[tuple[bytes, ...], Item]]:
     """Every leaf under a group with its path of raw names, in the order of `_names`.
+
+    Args:
+        group: Where to start.
+        is_leaf: Tells a leaf from a group to go into.
+        place: For messages.
+        path: Raw names that led to `group`.
+        seen: Addresses of the groups met so far.
+
+    Yields:
+        Path of raw names, and the leaf.
 
     Raises:
         BadSample: A link that isn't hard, a group reached twice, or something that is neither leaf nor group.

@@ -52,6 +52,12 @@ def _write(folder: Path, rows: Iterable[dict[str, Any]]) -> pa.Table:
 def read_index(folder: Path | str) -> pa.Table:
     """The index of a folder, with whatever columns were added to those of `INDEX_SCHEMA`.
 
+    Args:
+        folder: Holds `index.parquet`.
+
+    Returns:
+        A row a sample, in the order of the file.
+
     Raises:
         DataError: None there, damaged, or without those columns.
     """

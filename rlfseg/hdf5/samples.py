@@ -57,6 +57,10 @@ def unescape(name: str) -> str:
 def check_sample(sample: Sample, *, file: str) -> None:
     """Refuses what could not be written, or not be read back exactly.
 
+    Args:
+        sample: The sample.
+        file: For messages.
+
     Raises:
         BadSample: A shape, type or value that `Sample` doesn't allow, or text that isn't Unicode (lone surrogates).
     """

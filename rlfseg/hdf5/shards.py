@@ -162,11 +162,7 @@ def _opened(path: AnyPath) -> Iterator[h5py.File]:
 
 
 def iter_ids(path: AnyPath) -> Iterator[str]:
-    """The ids of a file's samples, in the order of their names.
-
-    Raises:
-        BadSample: The file is missing, damaged, or holds something that isn't a sample.
-    """
+    """The ids of a file's samples in the order of their names; BadSample if it is damaged or holds anything else."""
     place = Place(str(path))
     with _opened(path) as file, place.reading():
         ids = [sample_id for sample_id, _ in _samples(file, place)]
@@ -175,6 +171,13 @@ def iter_ids(path: AnyPath) -> Iterator[str]:
 
 def read_sample(path: AnyPath, sample_id: str) -> Sample:
     """One sample of a file, every data set checked before it is read.
+
+    Args:
+        path: The file.
+        sample_id: Id of the sample.
+
+    Returns:
+        The sample, in memory.
 
     Raises:
         BadSample: The file or the sample is missing, damaged or refused.

@@ -1,4 +1,4 @@
-"""Calibrate: the mask threshold and the eps of AOS and HSS, tuned on a validation split and written into the adapter."""
+"""Calibrate: the mask threshold and the eps of AOS and HSS, tuned on a validation split, written into the adapter."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ SCHEMA = pa.schema([("id", pa.string()), ("status", pa.string()), ("curves", pa.
 
 def run(config: CalibrateConfig) -> Summary:
     """Searches and writes the choice into `config.adapter`; the search is in `config.out`/calibration.json.
+
+    Args:
+        config: Settings of the command.
+
+    Returns:
+        Counts, refusals and seconds.
 
     Raises:
         ModelError: The adapter can't be loaded.

@@ -1,4 +1,7 @@
-"""Encode: images and masks become latents once, so that training never touches a pixel. An image is encoded once for all its phrases."""
+"""Encode: images and masks become latents once, so that training never touches a pixel.
+
+An image is encoded once for all its phrases.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,12 @@ SCHEMA = pa.schema(
 
 def run(config: EncodeConfig) -> Summary:
     """Encodes `config.samples`: original labels, and refined ones where the folder has them.
+
+    Args:
+        config: Settings of the command.
+
+    Returns:
+        Counts, refusals and seconds.
 
     Raises:
         BadSample: A sample can't be read and `on_error` is `stop`.

@@ -1,4 +1,4 @@
-"""Evaluate: an adapter, or masks already made, against true masks at original size. Sums that add up, no pixels collected."""
+"""Evaluate: an adapter, or masks already made, against true masks at original size. Sums add up, pixels stay put."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ SCHEMA = pa.schema(
 
 def run(config: EvaluateConfig) -> Summary:
     """Measures and writes results.json, results.md, a curve and the best and worst overlays.
+
+    Args:
+        config: Settings of the command.
+
+    Returns:
+        Counts, refusals and seconds.
 
     Raises:
         ConfigError: Neither an adapter nor predictions are given, or both.
@@ -85,6 +91,12 @@ class LoadTruth:
 
     def __call__(self, row: Row) -> Row:
         """Reads one sample.
+
+        Args:
+            row: An index row.
+
+        Returns:
+            The row with pixels and masks.
 
         Raises:
             BadSample: It is damaged.
@@ -195,7 +207,7 @@ def _results(config: EvaluateConfig, out: Path, counts: Row) -> Row:
         clipped += row["clipped"]
         if row["iou"]:
             ranked.append((sum(row["iou"]) / len(row["iou"]), row["id"]))
-    figures = whole.results() | {
+    figures: Row = whole.results() | {
         "n_images": len(ranked),
         "n_refused": len(counts["refused"]),
         "n_gamma_clipped": clipped,
@@ -218,7 +230,7 @@ def _overlays(config: EvaluateConfig, out: Path, ranked: list[tuple[float, str]]
     predicted = {r["id"]: r for r in _rows(out)}
     for name, chosen in (("worst", ranked[: config.overlays]), ("best", ranked[::-1][: config.overlays])):
         cells = []
-        for iou, image_id in chosen:
+        for _, image_id in chosen:
             row, own = load(index[image_id]), predicted[image_id]
             masks = [images.rle_decode(m, row["image"].shape[:2]) for m in own["masks"]]
             notes = [f"{i:.2f}" for i in own["iou"]]

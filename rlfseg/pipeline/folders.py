@@ -1,4 +1,7 @@
-"""Output folders that are whole or unfinished, never in doubt: `_STARTED.json` before the first row, `_SUCCESS.json` after the last."""
+"""Output folders that are whole or unfinished, never in doubt.
+
+`_STARTED.json` is written before the first row, `_SUCCESS.json` after the last.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,13 @@ from rlfseg.pipeline.rows import OK, Row
 
 def begin(out: Path, identity: Row) -> str:
     """Claims a folder for a job: `new`, `resume` (unfinished, same identity) or `done`.
+
+    Args:
+        out: The folder; made where it is missing.
+        identity: Whatever changes the result.
+
+    Returns:
+        `new`, `resume` or `done`.
 
     Raises:
         DataError: The folder belongs to a job with other settings or inputs; names the fields.
@@ -50,6 +60,12 @@ def finish(out: Path, identity: Row, counts: Row) -> None:
 def require_finished(folder: Path) -> Row:
     """What `_SUCCESS.json` says of a finished folder.
 
+    Args:
+        folder: Output folder of a stage.
+
+    Returns:
+        Counts and identity of the job that wrote it.
+
     Raises:
         DataError: There is none: the job that writes it has not finished.
     """
@@ -78,6 +94,13 @@ def write_json(path: Path, tree: Row) -> None:
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
     """Rows of a finished stage that are `ok`, file by file.
+
+    Args:
+        folder: Output folder of a stage.
+        columns: Columns to read; default: all.
+
+    Yields:
+        A row as a dict.
 
     Raises:
         DataError: The stage has not finished.

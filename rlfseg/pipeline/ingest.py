@@ -1,15 +1,16 @@
-"""Training ingest: who sees which phrase in which step is a pure function of (seed, epoch, workers); Ray Data only carries it.
+"""Training ingest: who sees which phrase in which step is a pure function of (seed, epoch, workers); Ray carries it.
 
-The files of an epoch are shuffled by seed, then the phrases inside every few files; the sequence is cut into global batches and
-every rank takes its own contiguous part. So all ranks have equal steps whatever the blocks, every phrase is seen once an
-epoch (but for a tail shorter than a global batch, which is counted), and a resumed run starts at the very step without reading
-what came before. Each worker reads its own part: no barrier and no coordinator between ranks.
+The files of an epoch are shuffled by seed, then the phrases inside every few files; the sequence is cut into global
+batches and every rank takes its own contiguous part. So all ranks have equal steps whatever the blocks, every phrase is
+seen once an epoch (but for a tail shorter than a global batch, which is counted), and a resumed run starts at the very
+step without reading what came before. Each worker reads its own part: no barrier and no coordinator between ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,19 @@ class Latents:
 def open_latents(folder: Path) -> Latents:
     """Reads the captions' counts, no latents.
 
+    Args:
+        folder: Written by `encode`.
+
+    Returns:
+        Files, and phrases in each of their rows.
+
     Raises:
         DataError: The folder is unfinished or holds no phrase.
     """
     require_finished(folder)
-    files, phrases, shape = [], [], ()
+    files: list[str] = []
+    phrases: list[tuple[int, ...]] = []
+    shape: tuple[int, ...] = ()
     for path in sorted((folder / "data").glob("*.parquet")):
         rows = pq.read_table(path, columns=["status", "captions", "shape"]).to_pylist()
         files.append(str(path))
@@ -97,7 +106,7 @@ class LatentSource(Datasource):
     """Planned phrases as a Ray Data source, a row a phrase, in the order of the plan."""
 
     def __init__(self, latents: Latents, order: Sequence[tuple[int, int, int]]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.latents, self.order = latents, order
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -111,12 +120,16 @@ class LatentSource(Datasource):
         parts = [self.order[n : n + MAX_TASK] for n in range(0, len(self.order), MAX_TASK)]
         return [
             ReadTask(
-                lambda part=part: iter([read_phrases(self.latents.files, part)]),
+                partial(_one_block, self.latents.files, part),
                 BlockMetadata(num_rows=len(part), size_bytes=None, input_files=None, exec_stats=None),
                 per_task_row_limit=per_task_row_limit,
             )
             for part in parts
         ]
+
+
+def _one_block(files: Sequence[str], part: Sequence[tuple[int, int, int]]) -> Iterator[pa.Table]:
+    return iter([read_phrases(files, part)])
 
 
 def read_phrases(files: Sequence[str], part: Sequence[tuple[int, int, int]]) -> pa.Table:

@@ -39,6 +39,12 @@ SCHEMA = pa.schema(
 def run(config: PredictConfig) -> Summary:
     """Segments every picture of `config.images`.
 
+    Args:
+        config: Settings of the command.
+
+    Returns:
+        Counts, refusals and seconds.
+
     Raises:
         BadSample: A picture can't be decoded and `on_error` is `stop`.
         ConfigError: There are no pictures, or a picture has no phrases.
@@ -203,6 +209,12 @@ def _files(pattern: str) -> list[Path]:
 def load_picture(row: Row) -> Row:
     """Decodes the picture at the path that is the row's id.
 
+    Args:
+        row: An index row.
+
+    Returns:
+        The row with `image`, uint8 RGB [H, W, 3].
+
     Raises:
         BadSample: It can't be decoded.
     """
@@ -217,6 +229,12 @@ class LoadPrepared:
 
     def __call__(self, row: Row) -> Row:
         """Reads one sample.
+
+        Args:
+            row: An index row.
+
+        Returns:
+            The row with pixels.
 
         Raises:
             BadSample: It is damaged.

@@ -1,4 +1,4 @@
-"""Prepare: a data set becomes HDF5 shards in the paper's layout, with an index. A row is a shard, written whole or not at all."""
+"""Prepare: a data set becomes HDF5 shards in the paper's layout, with an index. A row is a shard, whole or absent."""
 
 from __future__ import annotations
 
@@ -24,6 +24,12 @@ SCHEMA = pa.schema(
 
 def run(config: PrepareConfig) -> Summary:
     """Writes the shards and the index of `config.out`.
+
+    Args:
+        config: Settings of the command.
+
+    Returns:
+        Counts, refusals and seconds.
 
     Raises:
         BadSample: An image or mask can't be used and `on_error` is `stop`.

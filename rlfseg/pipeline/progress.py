@@ -25,6 +25,7 @@ class Progress:
         name: What is going on.
         total: Rows in all.
         count: Rows done so far.
+        every: Seconds between two looks.
     """
 
     def __init__(self, name: str, *, total: int, count: Callable[[], int], every: float = 1.0):

@@ -42,6 +42,12 @@ INDEX_COLUMNS = ("id", "shard", "height", "width", "captions", "n_phrases", "byt
 def run(config: RefineConfig) -> Summary:
     """Refines every label of `config.samples`.
 
+    Args:
+        config: Settings of the command.
+
+    Returns:
+        Counts, refusals and seconds.
+
     Raises:
         BadSample: A sample can't be read and `on_error` is `stop`.
         ModelError: The SAM checkpoint can't be loaded.
@@ -111,9 +117,13 @@ class Refiner:
         def predict(prompts: Sequence[Prompt]) -> list[Answer]:
             points = np.stack([p.points for p in prompts])
             if prompts[0].logits is None:
-                masks, low, iou = self.sam.predict(embedding, points, masks=np.stack([p.mask for p in prompts]))
+                masks, low, iou = self.sam.predict(
+                    embedding, points, masks=np.stack([p.mask for p in prompts if p.mask is not None])
+                )
             else:
-                masks, low, iou = self.sam.predict(embedding, points, logits=np.stack([p.logits for p in prompts]))
+                masks, low, iou = self.sam.predict(
+                    embedding, points, logits=np.stack([p.logits for p in prompts if p.logits is not None])
+                )
             return [Answer(mask=m, logits=z, iou=float(i)) for m, z, i in zip(masks, low, iou, strict=True)]
 
         return predict

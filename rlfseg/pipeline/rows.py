@@ -37,7 +37,7 @@ class Attempts:
         folder.mkdir(parents=True, exist_ok=True)
 
     def guard(self, work: Work, rows: Rows) -> Rows:
-        """`work(rows)`; rows that an earlier process died on are worked on alone, and refused after two deaths alone."""
+        """`work(rows)`; rows that an earlier process died on are worked on alone, refused after two deaths alone."""
         deaths = {row["id"]: self._read(row["id"]) for row in rows}
         if any(deaths.values()):
             return [self._alone(work, row, deaths[row["id"]]) for row in rows]

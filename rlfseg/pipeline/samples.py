@@ -40,6 +40,12 @@ class Samples:
 def open_samples(path: str | Path) -> Samples:
     """Opens a folder of `prepare` or `refine`.
 
+    Args:
+        path: The folder.
+
+    Returns:
+        Its index rows, and where the shards are.
+
     Raises:
         DataError: It is neither, or not finished.
     """
@@ -70,6 +76,12 @@ class LoadSample:
 
     def __call__(self, row: Row) -> Row:
         """Reads one sample.
+
+        Args:
+            row: An index row.
+
+        Returns:
+            The row with pixels and masks.
 
         Raises:
             BadSample: The file or the sample is damaged.

@@ -2,9 +2,9 @@
 
     index rows (id, ...)  ->  load on CPU  ->  work in actors, on GPUs where there are some  ->  Parquet, a row an id
 
-Resume is Ray Data's own checkpointing by id. A bad sample is a row with a status, never an exception, which would cost its
-whole block. A sample that kills its process is tried alone and refused after two deaths. Nothing counts as finished before
-rows in = rows out + rows refused.
+Resume is Ray Data's own checkpointing by id. A bad sample is a row with a status, never an exception, which would cost
+its whole block. A sample that kills its process is tried alone and refused after two deaths. Nothing counts as finished
+before rows in = rows out + rows refused.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import pickle
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +88,11 @@ class Summary:
 
 def connect() -> None:
     """Joins the Ray that $RAY_ADDRESS names, or starts one here with a few more logical CPUs than cores."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
         remote = os.environ.get("RAY_ADDRESS")
-        here = {} if remote else {"num_cpus": max(8, os.cpu_count() or 1), "include_dashboard": False}
+        here: dict[str, Any] = {} if remote else {"num_cpus": max(8, os.cpu_count() or 1), "include_dashboard": False}
         ray.init(log_to_driver=False, configure_logging=False, **here)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -108,6 +109,11 @@ def gpus_per_worker(run: WorkersConfig, device: str) -> float:
 def check_budget(name: str, cpus: float, gpus: float) -> None:
     """Refuses what would wait for ever.
 
+    Args:
+        name: The stage, for the message.
+        cpus: Logical CPUs that it takes at once.
+        gpus: GPUs that it takes at once.
+
     Raises:
         ResourceError: More is asked for than the cluster has; names the sums.
     """
@@ -115,13 +121,20 @@ def check_budget(name: str, cpus: float, gpus: float) -> None:
     for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
         if wanted > have.get(kind, 0):
             raise ResourceError(
-                f"{name} needs {wanted:g} {kind}s and this Ray has {have.get(kind, 0):g}: lower run.workers, run.{kind.lower()}s or "
-                f"run.loaders, or start Ray with more (`ray start --head --num-cpus N`; logical CPUs may exceed the cores)"
+                f"{name} needs {wanted:g} {kind}s and this Ray has {have.get(kind, 0):g}: lower run.workers, "
+                f"run.{kind.lower()}s or run.loaders, or start Ray with more (`ray start --head --num-cpus N`; logical "
+                "CPUs may exceed the cores)"
             )
 
 
 def run_stage(stage: Stage) -> Summary:
     """Runs a stage to its end, going on from where an earlier start stopped.
+
+    Args:
+        stage: What to run.
+
+    Returns:
+        Counts, refusals and seconds.
 
     Raises:
         DataError: Rows were lost or doubled, or the folder belongs to another job.
@@ -141,7 +154,7 @@ def run_stage(stage: Stage) -> Summary:
     with Progress(stage.name, total=stage.rows.num_rows, count=lambda: _committed(data)):
         try:
             _pipeline(stage).write_parquet(str(data))
-        except Exception as error:  # Ray wraps ours in its own; the cause is what the user must see
+        except Exception as error:  # noqa: BLE001 -- raised again: Ray wraps ours in its own; the user must see the cause
             raise our_cause(error) or error from None
     counts = stage.finalize(_account(stage))
     finish(stage.out, stage.identity, counts)
@@ -163,23 +176,31 @@ def _pipeline(stage: Stage) -> Dataset:
         memory=run.memory_gb * 2**30,  # also keeps this stage from being fused into the actors
     )
     threads = max(1, (os.cpu_count() or 1) // run.workers)
-    return ds.map_batches(
+    worked: Dataset = ds.map_batches(
         _Worker,
-        fn_constructor_kwargs={"stage": stage.name, "make": stage.work, "kwargs": stage.kwargs, "schema": stage.schema,
-                               "attempts": stage.out / "_attempts", "stop": stage.on_error == "stop", "threads": threads},
+        fn_constructor_kwargs={
+            "stage": stage.name,
+            "make": stage.work,
+            "kwargs": stage.kwargs,
+            "schema": stage.schema,
+            "attempts": stage.out / "_attempts",
+            "stop": stage.on_error == "stop",
+            "threads": threads,
+        },
         batch_size=run.batch_size,
         batch_format="pyarrow",
         compute=ActorPoolStrategy(size=run.workers),
         num_cpus=run.cpus,
         num_gpus=stage.gpus or None,
-    )  # fmt: skip
+    )
+    return worked
 
 
 class IndexDatasource(Datasource):
     """Index rows as a Ray Data source: ids only, so that finished ones are dropped before any pixel is read."""
 
     def __init__(self, rows: pa.Table, rows_per_task: int):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.rows, self.rows_per_task = rows, rows_per_task
 
     def estimate_inmemory_data_size(self) -> int | None:
@@ -194,7 +215,7 @@ class IndexDatasource(Datasource):
         parts = [self.rows.slice(n, self.rows_per_task).combine_chunks() for n in starts]
         return [
             ReadTask(
-                lambda part=part: iter([part]),
+                partial(iter, [part]),
                 BlockMetadata(num_rows=part.num_rows, size_bytes=part.nbytes, input_files=None, exec_stats=None),
                 per_task_row_limit=per_task_row_limit,
             )
@@ -257,11 +278,12 @@ def check_rows(stage: str, ids: Sequence[str], rows: Rows) -> None:
 
 
 def our_cause(error: BaseException | None) -> RlfsegError | None:
-    """The first of our own errors in a chain of causes, as Ray nests them."""
+    """The first of our own errors in a chain of causes, as Ray Data and Ray Train nest them."""
     while error is not None:
         if isinstance(error, RlfsegError):
             return error
-        error = getattr(error, "cause", None) or error.__cause__
+        of_workers = getattr(error, "worker_failures", {}).values()
+        error = next(iter(of_workers), None) or getattr(error, "cause", None) or error.__cause__
     return None
 
 

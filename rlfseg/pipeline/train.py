@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -62,12 +61,22 @@ class Job:
 def run(config: TrainConfig) -> Summary:
     """Trains an adapter into `config.out`/adapter, going on from the last checkpoint of an unfinished start.
 
+    Args:
+        config: Settings of the command.
+
+    Returns:
+        Counts, seconds and the figures of validation.
+
     Raises:
         ConfigError: The data is smaller than one global batch, or the latents are of another base or resolution.
         DataError: The latents are unfinished, or the loss is not a number.
         ResourceError: The cluster is too small.
     """
     start = time.monotonic()
+    if config.val_samples is not None:
+        val_samples = str(Path(config.val_samples).absolute())
+        config = replace(config, val_samples=val_samples)
+        open_samples(val_samples)  # told now, not by a worker
     folder, out = Path(config.latents).absolute(), Path(config.out).absolute()
     latents = open_latents(folder)
     _check_match(config, folder)
@@ -75,7 +84,8 @@ def run(config: TrainConfig) -> Summary:
     steps = latents.steps(config.workers, config.batch_size)
     if not steps:
         raise ConfigError(
-            f"batch_size: {config.workers} x {config.batch_size} phrases a step are more than the {latents.total} there are"
+            f"batch_size: {config.workers} x {config.batch_size} phrases a step are more than "
+            f"the {latents.total} there are"
         )
     total = min(config.max_steps or math.inf, config.epochs * steps)
     identity = _identity(config, fingerprint(folder))
@@ -114,7 +124,8 @@ def _fit(job: Job, name: str) -> Result:
         run_config=RunConfig(
             name=f"train-{name}",  # Ray resumes any run of the same name, so it holds the hash of the settings
             storage_path=str(job.out / "checkpoints"),
-            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=3),
+            # Ray swaps in its V2 class, which has this limit, at run time
+            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(
                 num_to_keep=2, checkpoint_score_attribute="val_miou" if config.val_samples else "step"
             ),
@@ -166,7 +177,8 @@ def _train(
             figures = state.step(batch)
             if not math.isfinite(figures["loss"]):
                 raise DataError(
-                    f"step {state.step_number}: the loss is {figures['loss']}, phrases {list(batch.ids)[:8]}; lower optimizer.lr"
+                    f"step {state.step_number}: the loss is {figures['loss']}, phrases {list(batch.ids)[:8]}; "
+                    "lower optimizer.lr"
                 )
             meter.add(state.step_number, figures)
             last = state.step_number >= job.total_steps
@@ -265,9 +277,8 @@ def _sheet(state: TrainState, card: Card, held_out: list[Labelled]) -> np.ndarra
 
 def _publish(job: Job, result: Result, recorded: tracking.Run) -> Row:
     """Copies the best checkpoint (the last, without validation) to `adapter` and records it."""
-    kept = result.best_checkpoints
-    score: Callable[[Row], float] = lambda m: m.get("val_miou", m["step"])
-    checkpoint, metrics = max(kept, key=lambda pair: score(pair[1]))
+    kept = result.best_checkpoints or []
+    checkpoint, metrics = max(kept, key=lambda pair: pair[1].get("val_miou", pair[1]["step"]))
     target = job.out / "adapter"
     with checkpoint.as_directory() as folder:
         shutil.rmtree(target, ignore_errors=True)
@@ -283,7 +294,8 @@ def _publish(job: Job, result: Result, recorded: tracking.Run) -> Row:
     model = tracking.log_model_folder(recorded, target, Path(adapter.__file__).with_name("pyfunc_model.py"))
     seen = {"steps": job.total_steps, "phrases": job.latents.total, "step_of_adapter": metrics["step"]}
     figures = {k: v for k, v in metrics.items() if k.startswith("val_")}
-    return {"rows_in": job.latents.total, "rows_out": job.latents.total, "refused": {}, "model": model, "run_id": job.run_id, **seen, "figures": figures}  # fmt: skip
+    counts = {"rows_in": job.latents.total, "rows_out": job.latents.total, "refused": {}}
+    return {**counts, "model": model, "run_id": job.run_id, **seen, "figures": figures}
 
 
 def _card(job: Job) -> Card:
@@ -309,7 +321,8 @@ def _check_match(config: TrainConfig, folder: Path) -> None:
     for field in ("base", "resolution"):
         if encoded[field] != getattr(config.backbone, field):
             raise ConfigError(
-                f"backbone.{field}: {getattr(config.backbone, field)}, but {folder} was encoded with {encoded[field]}; use the same"
+                f"backbone.{field}: {getattr(config.backbone, field)}, but {folder} was encoded with {encoded[field]}; "
+                "use the same"
             )
 
 

@@ -27,6 +27,7 @@ class Draw:
     size: int = 64
 
     def __call__(self, index: int) -> Scene:
+        """Scene `index` of the split "tiny"."""
         return draw_scene(index, split="tiny", size=self.size)
 
 
@@ -57,6 +58,7 @@ class Clock:
 
     @property
     def elapsed(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self.start
 
     def __iter__(self) -> Iterator[int]:
@@ -79,6 +81,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
+        """Moves the average towards the module's present weights; early steps weigh more."""
         decay = min(self.decay, (1 + step) / (10 + step))
         for k, v in self.module.named_parameters():
             if k in self.weights:
@@ -86,6 +89,7 @@ class Average:
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
+        """Writes the averaged weights into a module of the same architecture."""
         for k, v in module.named_parameters():
             if k in self.weights:
                 v.copy_(self.weights[k])
@@ -99,6 +103,7 @@ class Log:
         self.file = (out / "log.jsonl").open("w")
 
     def __call__(self, **row: object) -> None:
+        """Writes one line; floats are rounded."""
         line = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()})
         print(line, flush=True)
         self.file.write(line + "\n")

@@ -56,7 +56,7 @@ def loss_of(low, iou, truth):
 
 
 def evaluate(sam, held_out, rng):
-    """Mean IoU of coarse labels, and of one and of three rounds of refinement, with the exact masks of unseen scenes."""
+    """Mean IoU of coarse labels, and of one and three rounds of refinement, with the exact masks of unseen scenes."""
     model, rows = SamModel(sam), {"coarse": [], "one": [], "three": []}
     for scene in held_out:
         exact = np.concatenate([p.instances for p in scene.phrases])

@@ -15,7 +15,9 @@ def halve(path: Path, target: Path) -> None:
     """Writes a safetensors file's float32 weights as float16."""
     target.parent.mkdir(parents=True, exist_ok=True)
     weights = load_file(path)
-    save_file({k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, target, metadata={"format": "pt"})
+    save_file(
+        {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}, target, metadata={"format": "pt"}
+    )
 
 
 def main() -> None:
