@@ -20,6 +20,13 @@ def halve(path: Path, target: Path) -> None:
     )
 
 
+def copy_text(path: Path, target: Path) -> None:
+    """Copies a text file without the line in which diffusers notes the folder that it was made in."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    kept = [line for line in path.read_text().splitlines(keepends=True) if '"_name_or_path": "/' not in line]
+    target.write_text("".join(kept))
+
+
 def main() -> None:
     """Copies base, SAM and adapter."""
     p = argparse.ArgumentParser(description=__doc__)
@@ -33,8 +40,7 @@ def main() -> None:
             if path.suffix == ".safetensors":
                 halve(path, target)
             elif path.suffix in (".json", ".yaml", ".md", ".txt") and path.is_file():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(path, target)
+                copy_text(path, target)
     for part in ("vae", "base", "sam", "adapter"):
         log = runs / part / "log.jsonl"
         if log.is_file():
