@@ -121,6 +121,7 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
         settings = parse(name, list(sys.argv[1:] if arguments is None else arguments))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of libraries among themselves
+            warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")  # few rows
             summary = importlib.import_module(command.module).run(settings)
     except ConfigError as error:
         return _complain(name, error, 2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -43,6 +44,11 @@ class Embedding:
     input_size: tuple[int, int]
     original_size: tuple[int, int]
 
+    @property
+    def scale(self) -> tuple[float, float]:
+        """(x, y) factors from the image to SAM's frame; a side of a pixel or two is rounded, so they may differ."""
+        return self.input_size[1] / self.original_size[1], self.input_size[0] / self.original_size[0]
+
 
 class SamModel:
     """A loaded SAM, ready to embed and to predict; holds no state between calls."""
@@ -74,8 +80,11 @@ class SamModel:
         if not path.is_file():
             raise ModelError(f"sam.checkpoint: no file {path}; give `tiny` or the path of an official sam_vit_*.pth")
         sam = sam_model_registry[_architecture(path, config.model)]()
-        # weights_only: an official .pth is a pickle, and a pickle from anywhere may run code
-        sam.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        try:
+            # weights_only: an official .pth is a pickle, and a pickle from anywhere may run code
+            sam.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        except (UnpicklingError, EOFError, RuntimeError, TypeError, AttributeError) as error:
+            raise ModelError(f"sam.checkpoint: {path} holds no weights of an official SAM: {error}") from error
         return cls(sam, device)
 
     @torch.no_grad()
@@ -111,7 +120,7 @@ class SamModel:
             raise ValueError("give either masks or logits")
         prompt = self.mask_prompt(masks) if masks is not None else torch.from_numpy(np.array(logits))[:, None]
         xy = torch.from_numpy(np.array(points, dtype=np.float32))
-        xy = (xy + 0.5) * (embedding.input_size[1] / embedding.original_size[1]) - 0.5  # pixel centres
+        xy = (xy + 0.5) * torch.tensor(embedding.scale) - 0.5  # pixel centres
         parts = [self._decode(embedding, p, m) for p, m in zip(xy.split(CHUNK), prompt.split(CHUNK), strict=True)]
         full, low, iou = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
         return full, low, iou
