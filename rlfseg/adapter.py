@@ -69,10 +69,10 @@ def save(backbone: Backbone, folder: Path, card: Card) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     unet: Any = backbone.velocity.unet
+    wrapped = [n for n, _ in unet.named_parameters() if {"module", "_orig_mod"} & set(n.split("."))]
+    if wrapped:
+        raise ModelError(f"adapter {folder}: keys such as {wrapped[0]} would load nowhere; unwrap the model first")
     if isinstance(unet, PeftModel):
-        wrapped = [n for n, _ in unet.named_parameters() if n.startswith("module.") or "_orig_mod." in n]
-        if wrapped:
-            raise ModelError(f"adapter {folder}: keys such as {wrapped[0]} would load nowhere; unwrap the model first")
         unet.save_pretrained(str(folder), safe_serialization=True)
     else:
         unet.save_pretrained(folder / "unet")
@@ -159,7 +159,10 @@ def load(folder: Path, *, device: str = "auto", dtype: str = "auto", base_only: 
     if base_only:
         return Backbone.load(config), card
     if card.full:
-        unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+        try:
+            unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"adapter {folder / 'unet'} can't be loaded as a diffusers UNet: {error}") from error
         return Backbone.load(config, unet=unet), card
     backbone = Backbone.load(config)
     backbone.load_lora(folder)

@@ -18,6 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -202,7 +203,7 @@ class Backbone:
         """
         try:
             model = PeftModel.from_pretrained(self.velocity.unet, str(folder), is_trainable=trainable)
-        except (RuntimeError, OSError, ValueError) as error:
+        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
             raise ModelError(f"adapter {folder} doesn't fit the base {self.source}: {error}") from error
         loaded = [w for n, w in model.named_parameters() if ".lora_B." in n]
         if not loaded or not all(bool(w.any()) for w in loaded):
@@ -218,15 +219,21 @@ class Backbone:
             folder: Written by `adapter.save` with the same settings.
 
         Raises:
-            ModelError: The names differ.
+            ModelError: The file is missing or damaged, or the names differ.
         """
         unet = self.velocity.unet
-        if isinstance(unet, PeftModel):
-            found: Any = set_peft_model_state_dict(unet, load_file(folder / "adapter_model.safetensors"))
-            if found.unexpected_keys:
-                raise ModelError(f"{folder}: weights {found.unexpected_keys[:3]} belong to no layer of {self.source}")
-        else:
-            unet.load_state_dict(load_file(folder / "unet" / "diffusion_pytorch_model.safetensors"))
+        is_lora = isinstance(unet, PeftModel)
+        path = folder / ("adapter_model.safetensors" if is_lora else "unet/diffusion_pytorch_model.safetensors")
+        try:
+            weights = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} can't be read: {error}") from error
+        if not is_lora:
+            unet.load_state_dict(weights)
+            return
+        found: Any = set_peft_model_state_dict(unet, weights)
+        if found.unexpected_keys:
+            raise ModelError(f"{folder}: weights {found.unexpected_keys[:3]} belong to no layer of {self.source}")
 
     def fuse(self) -> None:
         """Folds the LoRA into the UNet's weights: the same function, without its extra products."""

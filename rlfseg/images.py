@@ -158,7 +158,8 @@ def image_to_tensor(image: UInt8[np.ndarray, "H W 3"], resolution: int) -> Float
     """
     import torch
 
-    pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1).float()
+    # a copy: torch takes no arrays with steps backwards, and warns of those that are read-only, as Pillow's are
+    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).float()
     return _stretch(pixels, (resolution, resolution)) / 127.5 - 1
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import torch
@@ -153,7 +154,7 @@ class TrainState:
             state = torch.load(folder / STATE, map_location=self.backbone.device, weights_only=True)
             self.backbone.load_weights(folder)
             self.optimizer.load_state_dict(state["optimizer"])
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
             raise ModelError(f"checkpoint {folder} can't be read: {error}") from error
         self.step_number, self.epoch = progress["step"], progress["epoch"]
 

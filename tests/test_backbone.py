@@ -158,7 +158,10 @@ def test_damaged_weights_are_refused_by_name(tmp_path: Path, content: bytes) -> 
 def test_pickled_weights_are_never_read(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(BASE, tmp_path / "base"))
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    torch.save(UNet2DConditionModel.from_pretrained(BASE / "unet").state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
+    torch.save(
+        UNet2DConditionModel.from_pretrained(BASE / "unet").state_dict(),
+        folder / "unet" / "diffusion_pytorch_model.bin",
+    )
     with pytest.raises(ModelError, match=str(folder)):
         Backbone.load(BackboneConfig(base=str(folder), resolution=64, device="cpu"))
 

@@ -11,7 +11,16 @@ import sys
 import pydantic
 import pytest
 
-from rlfseg.config import BackboneConfig, LoraConfig, RefineConfig, SamplingConfig, TrainConfig, as_dict, digest, flatten
+from rlfseg.config import (
+    BackboneConfig,
+    LoraConfig,
+    RefineConfig,
+    SamplingConfig,
+    TrainConfig,
+    as_dict,
+    digest,
+    flatten,
+)
 from rlfseg.errors import BadSample, ConfigError, DataError, ModelError, ResourceError, RlfsegError
 
 
@@ -31,7 +40,13 @@ def test_wrong_settings_are_refused_by_name(kwargs: dict[str, object], field: st
 
 def test_the_papers_values() -> None:
     config = TrainConfig(latents="a", out="b")
-    assert (config.lora.rank, config.optimizer.lr, config.batch_size, config.epochs, config.seed) == (64, 1e-4, 8, 10, 42)
+    assert (config.lora.rank, config.optimizer.lr, config.batch_size, config.epochs, config.seed) == (
+        64,
+        1e-4,
+        8,
+        10,
+        42,
+    )
     assert config.backbone.resolution == 512
     assert config.t_sampling == "uniform"
     assert config.lora.targets == ("to_q", "to_k", "to_v", "to_out.0")

@@ -101,7 +101,9 @@ def test_any_size_fits_the_frame_as_segment_anything_fits_it(
     assert low.shape == (1, 64, 64)
     x, y = prompts[0]["points"][0][0, 0].tolist()
     assert width / size[1] * (size[1] - 1) - 1 <= x < max(1, width)
-    assert height / size[0] * (size[0] - 1) - 1 <= y < max(1, height)  # the last pixel of the picture, not of the padding
+    assert (
+        height / size[0] * (size[0] - 1) - 1 <= y < max(1, height)
+    )  # the last pixel of the picture, not of the padding
 
 
 # --- points -------------------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def save_pickle(tree: object, path: Path) -> None:
-    path.write_bytes(pickle.dumps(tree))
+    path.write_bytes(pickle.dumps(tree, protocol=2))
 
 
 def predictor(model: SamModel, image: Array) -> SamPredictor:
@@ -247,7 +249,7 @@ def predictor(model: SamModel, image: Array) -> SamPredictor:
 
 
 def as_official(points: Array, size: tuple[int, int]) -> Array:
-    """They scale a point (x, y) as if pixels had no width: x s instead of (x + 1/2) s - 1/2. This undoes the difference."""
+    """They scale a point (x, y) as if pixels had no width: x s instead of (x + 1/2) s - 1/2. This undoes it."""
     height, width = ResizeLongestSide.get_preprocess_shape(*size, SIDE)
     scale = np.array([width / size[1], height / size[0]])
     return ((points + 0.5) * scale - 0.5) / scale

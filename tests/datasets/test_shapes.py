@@ -22,7 +22,11 @@ def test_a_scene_is_a_function_of_seed_split_and_index() -> None:
     assert np.array_equal(first.image, again.image)
     assert [p.caption for p in first.phrases] == [p.caption for p in again.phrases]
     assert all(np.array_equal(a.coarse, b.coarse) for a, b in zip(first.phrases, again.phrases, strict=True))
-    others = [draw_scene(4, seed=1), draw_scene(3, seed=2), *(draw_scene(3, split=s, seed=1) for s in ("val", "test", "tiny"))]
+    others = [
+        draw_scene(4, seed=1),
+        draw_scene(3, seed=2),
+        *(draw_scene(3, split=s, seed=1) for s in ("val", "test", "tiny")),
+    ]
     assert len({s.image.tobytes() for s in (first, *others)}) == 6
 
 
