@@ -87,7 +87,11 @@ class LoadTruth:
 
     def __init__(self, folder: Path, predictions: Path | None):
         self.load = LoadSample(folder)
-        self.other = LoadSample(predictions) if predictions and (predictions / hdf5.INDEX).is_file() else None
+        self.other, self.shards = None, {}
+        if predictions and (predictions / hdf5.INDEX).is_file():
+            index = hdf5.read_index(predictions)  # the same ids may lie in shards of other names
+            self.other = LoadSample(predictions)
+            self.shards = dict(zip(index["id"].to_pylist(), index["shard"].to_pylist(), strict=True))
 
     def __call__(self, row: Row) -> Row:
         """Reads one sample.
@@ -103,7 +107,9 @@ class LoadTruth:
         """
         loaded = self.load(row)
         if self.other is not None:
-            loaded["predicted"] = list(zip(*(self.other(row)[k] for k in ("captions", "labels")), strict=True))
+            shard = self.shards.get(row["id"])
+            found = self.other(row | {"shard": shard}) if shard else {"captions": [], "labels": []}
+            loaded["predicted"] = list(zip(found["captions"], found["labels"], strict=True))
         elif "predicted_masks" in row:
             size = loaded["image"].shape[:2]
             masks = [None if m is None else images.rle_decode(m, size) for m in row["predicted_masks"] or ()]

@@ -54,9 +54,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, ray: None, root: Path) -> Pa
     )
     adapter = f"--adapter={out / 'train' / 'adapter'}"
     run("calibrate", adapter, f"--samples={out / 'exact'}", f"--out={out / 'calibration'}", tracking)
-    run(
-        "evaluate", adapter, f"--samples={out / 'exact'}", "--sampling.rescale=aos", f"--out={out / 'test'}", tracking
-    )
+    run("evaluate", adapter, f"--samples={out / 'exact'}", "--sampling.rescale=aos", f"--out={out / 'test'}", tracking)
     for name in ("coarse", "refined"):
         run(
             "evaluate",
@@ -98,7 +96,9 @@ def test_refined_labels_are_closer_to_the_exact_ones(chain: Path) -> None:
 def test_label_iou_equals_an_independent_count(chain: Path) -> None:
     ious = []
     for row in hdf5.read_index(chain / "exact").to_pylist():
-        exact, coarse = (hdf5.read_sample(chain / n / row["shard"].replace("exact", n), row["id"]) for n in ("exact", "coarse"))
+        exact, coarse = (
+            hdf5.read_sample(chain / n / row["shard"].replace("exact", n), row["id"]) for n in ("exact", "coarse")
+        )
         for a, b in zip(exact.phrases, coarse.phrases, strict=True):
             ious.append((a.mask & b.mask).sum() / (a.mask | b.mask).sum())
     assert figures(chain / "labels-coarse")["miou"] == pytest.approx(np.mean(ious), abs=1e-9)

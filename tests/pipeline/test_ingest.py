@@ -11,12 +11,7 @@ LATENTS = Latents(
     phrases=tuple(tuple((n + row) % 4 for row in range(7)) for n in range(11)),
     shape=(8, 16, 16),
 )
-EVERY = {
-    (f, row, k)
-    for f, rows in enumerate(LATENTS.phrases)
-    for row, count in enumerate(rows)
-    for k in range(count)
-}
+EVERY = {(f, row, k) for f, rows in enumerate(LATENTS.phrases) for row, count in enumerate(rows) for k in range(count)}
 
 
 def ranks(world: int, batch: int, epoch: int = 0, start: int = 0) -> list[list[tuple[int, int, int]]]:
