@@ -207,6 +207,7 @@ class Malicious:
         return os.mkdir, (str(self.path),)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.usefixtures("tiny_as_vit_b")
 def test_code_in_a_checkpoint_never_runs(tmp_path: Path) -> None:
     for name, save in {"sam_vit_b_zip.pth": torch.save, "sam_vit_b_old.pth": save_pickle}.items():

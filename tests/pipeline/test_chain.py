@@ -173,7 +173,8 @@ import mlflow, pandas as pd, pathlib
 mlflow.set_tracking_uri("sqlite:///{chain / "mlflow.db"}")
 model = mlflow.pyfunc.load_model("{state["model"]}")
 image = pathlib.Path("{picture}").read_bytes()
-print(model.predict(pd.DataFrame({{"image": [image, image], "phrase": ["red ring", "star"]}})).to_json(orient="records"))
+asked = pd.DataFrame({{"image": [image, image], "phrase": ["red ring", "star"]}})
+print(model.predict(asked).to_json(orient="records"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
