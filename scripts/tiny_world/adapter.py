@@ -119,7 +119,7 @@ def main() -> None:
     average.copy_to(backbone.velocity)
     figures = state.validate(held_out, card).results()
     log(step=step, seconds=clock.elapsed, held_out=figures)
-    config = replace(config, backbone=replace(config.backbone, base=args.base_name))
+    config = replace(config, out="adapter", backbone=replace(config.backbone, base=args.base_name))
     adapter.save(backbone, args.out, replace(card, metrics=figures, config=as_dict(config)))
 
 
