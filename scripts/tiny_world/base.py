@@ -126,6 +126,7 @@ def main() -> None:
     p = parser(__doc__ or "", 25, "runs/tiny_world/base")
     p.add_argument("--vae", type=Path, default=Path("runs/tiny_world/vae"), help="folder of step 1")
     p.add_argument("--batch", type=int, default=24, help="scenes a step")
+    p.add_argument("--resume", type=Path, help="folder of an earlier step 3 to go on from")
     args = p.parse_args()
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.threads)
@@ -136,6 +137,10 @@ def main() -> None:
 
     tokenizer = build_tokenizer()
     text_encoder, unet = build_text_encoder(tokenizer), build_unet()
+    if args.resume:
+        text_encoder = CLIPTextModel.from_pretrained(args.resume / "text_encoder", dtype=torch.float32)
+        unet = UNet2DConditionModel.from_pretrained(args.resume / "unet", torch_dtype=torch.float32)
+    text_encoder.train(), unet.train()
     log(unet=sum(w.numel() for w in unet.parameters()), text_encoder=sum(w.numel() for w in text_encoder.parameters()))
     noise_schedule = DDPMScheduler(**schedule())
     both = torch.nn.ModuleDict({"unet": unet, "text_encoder": text_encoder})
