@@ -11,18 +11,17 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from diffusers import UNet2DConditionModel
-from peft import PeftModel
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from rlfseg import tracking
-from rlfseg.backbone import ASSETS, Backbone, Velocity
-from rlfseg.config import BackboneConfig
+from rlfseg.config import ASSETS, BackboneConfig
 from rlfseg.errors import ModelError
+
+if TYPE_CHECKING:  # drivers read cards and never a weight: diffusers and peft alone take ten seconds to import
+    from rlfseg.backbone import Backbone
 
 CARD = "rlfseg.yaml"
 
@@ -67,6 +66,8 @@ def save(backbone: Backbone, folder: Path, card: Card) -> None:
     Raises:
         ModelError: The weights are not what a plain UNet could load.
     """
+    from peft import PeftModel
+
     folder.mkdir(parents=True, exist_ok=True)
     unet: Any = backbone.velocity.unet
     wrapped = [n for n, _ in unet.named_parameters() if {"module", "_orig_mod"} & set(n.split("."))]
@@ -124,6 +125,8 @@ def resolve(reference: str) -> Path:
     if reference == "tiny":
         folder = ASSETS / "adapter"
     elif reference.startswith(("models:/", "runs:/")):
+        from rlfseg import tracking
+
         folder = tracking.download(reference)
     elif reference.startswith("hf:"):
         folder = _from_hub(reference.removeprefix("hf:"))
@@ -154,6 +157,10 @@ def load(folder: Path, *, device: str = "auto", dtype: str = "auto", base_only: 
     Raises:
         ModelError: Base or adapter can't be loaded, or don't fit each other.
     """
+    from diffusers import UNet2DConditionModel
+
+    from rlfseg.backbone import Backbone
+
     card = read_card(folder)
     config = BackboneConfig(base=card.base, resolution=card.resolution, device=device, dtype=dtype)  # type: ignore[arg-type]
     if base_only:
@@ -242,13 +249,6 @@ masks = Segmenter.load("path/of/this/folder")(image, ["red ring"])
 {yaml.safe_dump(card.config, sort_keys=False).strip()}
 ```
 """
-
-
-def unwrap(model: Any) -> Velocity:
-    """The velocity model inside what data parallelism and compilation wrap around it."""
-    while not isinstance(model, Velocity):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return model
 
 
 def _from_hub(name: str) -> Path:

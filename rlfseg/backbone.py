@@ -23,11 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from rlfseg.config import BackboneConfig, LoraConfig
+from rlfseg.config import ASSETS, BackboneConfig, LoraConfig
 from rlfseg.device import choose_device, choose_dtype
 from rlfseg.errors import ConfigError, ModelError
 
-ASSETS = Path(__file__).parent / "assets"
 TIME_SCALE = 1000.0  # the UNet's time embedding was trained on 0..1000; the flow's time runs over 0..1
 TEXT_CACHE = 1024  # phrases; a state of SD's is 236 kB
 NEEDED = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -21,6 +22,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=1)]
 
+ASSETS = Path(__file__).parent / "assets"  # the drawn world's weights
 SD_V15 = "hf:stable-diffusion-v1-5/stable-diffusion-v1-5"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 EVERY_LAYER = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_in", "conv_out")

@@ -21,11 +21,11 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rlfseg.config import SamConfig
+from rlfseg.config import ASSETS, SamConfig
 from rlfseg.device import choose_device
 from rlfseg.errors import ConfigError, ModelError
 
-TINY_WEIGHTS = Path(__file__).parent / "assets" / "sam" / "model.safetensors"
+TINY_WEIGHTS = ASSETS / "sam" / "model.safetensors"
 PROMPT_LOGIT = 10.0  # SAM's own logits run from about -20 to +10, and its first LayerNorm saturates there
 CHUNK = 64  # prompts a decoder call: bounds the memory of masks at full size
 

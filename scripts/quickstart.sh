@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 OUT=${1:-runs/quickstart}
 CONFIGS=jobs/configs/quickstart
+export OMP_WAIT_POLICY=PASSIVE # threads that wait should not take a core from those that work
 export MLFLOW_TRACKING_URI="sqlite:///$PWD/runs/mlflow.db" MLFLOW_DISABLE_TELEMETRY=true HF_HUB_OFFLINE=1
 rm -rf "$OUT" && mkdir -p "$OUT"
 

@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 FAULT_ROW = re.compile(r"[a-z0-9]+(-[a-z]+)?-\d+")
-CORES = max(1, min(2, os.cpu_count() or 1))  # threads of the test process; Ray's workers set their own
+THREADS = 1  # of the test process: on a busy machine two threads wait for each other at every small tensor
 
 # Modules whose annotations give shapes: in this process beartype checks each call into them. Not those that check what
 # users hand in (hdf5, datasets): their own refusals are what tests want to see.
@@ -70,9 +70,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """With more threads than cores, small tensors crawl. torch is set only where a test has brought it in."""
+    """Torch is set only where a test has brought it in."""
     if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(CORES)
+        sys.modules["torch"].set_num_threads(THREADS)
 
 
 def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> list[str]:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,9 @@ from rlfseg.pipeline.folders import read_rows, require_finished, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, Samples, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
-from rlfseg.segmenter import Segmenter
+
+if TYPE_CHECKING:  # imported where it is used: the driver needs no torch
+    from rlfseg.segmenter import Segmenter
 
 MASK_THRESHOLD = 0.5  # for masks already made, whose scores are 0 and 1
 SCHEMA = pa.schema(
@@ -130,6 +133,8 @@ class Evaluator:
         self.config = config
         self.segmenter = segmenter
         if reference is not None:
+            from rlfseg.segmenter import Segmenter
+
             self.segmenter = Segmenter.load(reference, device=config.device, base_only=config.base_only)
 
     def __call__(self, rows: Rows) -> Rows:
