@@ -24,7 +24,7 @@ from rlfseg.errors import BadSample, DataError
 if TYPE_CHECKING:
     from torch import Tensor  # imported where it is used: decoding workers never need torch
 
-Source = str | os.PathLike[str] | bytes | IO[bytes]
+Source = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 
 MAX_PIXELS = 64_000_000
 SUFFIXES = frozenset(
@@ -47,7 +47,7 @@ def load_image(
     of an animation the first frame is taken.
 
     Args:
-        source: A path, the file's bytes, or a file open for reading bytes.
+        source: A path, the file's bytes, a file open for reading bytes, or a picture that Pillow has opened.
         name: What errors call it.
         sample: Its id, for errors.
         max_pixels: Largest height times width; checked before anything is decoded.
@@ -74,7 +74,7 @@ def load_mask(
     A palette whose colours are all black or white is read by colour, any other by index.
 
     Args:
-        source: A path, the file's bytes, or a file open for reading bytes.
+        source: A path, the file's bytes, a file open for reading bytes, or a picture that Pillow has opened.
         name: What errors call it.
         sample: Its id, for errors.
         max_pixels: Largest height times width; checked before anything is decoded.
@@ -247,8 +247,10 @@ def list_images(folder: str | os.PathLike[str]) -> list[Path]:
 
 def _open(source: Source, max_pixels: int) -> Image.Image:
     """Reads the header and refuses too many pixels; the caller decodes and closes."""
-    stream = io.BytesIO(source) if isinstance(source, bytes) else source
-    image = Image.open(stream, formats=FORMATS)
+    if isinstance(source, Image.Image):
+        image = source.copy()  # the caller's own stays open, and as it was
+    else:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels:
         image.close()

@@ -10,13 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import IO
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from rlfseg import adapter, images, sampling
@@ -25,7 +23,7 @@ from rlfseg.backbone import Backbone
 from rlfseg.config import SamplingConfig
 from rlfseg.errors import BadSample
 
-Picture = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image | NDArray[np.uint8]
+Picture = images.Source | NDArray[np.uint8]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -211,8 +209,6 @@ def to_array(image: Picture) -> NDArray[np.uint8]:
     Raises:
         BadSample: It can't be decoded, or the array is none of a picture.
     """
-    if isinstance(image, Image.Image):
-        return np.asarray(image.convert("RGB"))
     if isinstance(image, np.ndarray):
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
             reason = f"an image array must be uint8 [H, W, 3], this one is {image.dtype} {list(image.shape)}"

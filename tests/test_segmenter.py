@@ -237,3 +237,18 @@ def test_thresholds(segmenter: Segmenter) -> None:
     result = segmenter(picture(), ["red ring"], threshold=0.2)[0]
     assert result.confidence == pytest.approx(float(result.score[result.score > 0.2].mean()))
     assert segmenter(picture(), ["red ring"], threshold=1.0)[0].confidence == 0
+
+
+@pytest.mark.parametrize("kind", ["rotated", "transparent", "grey16"])
+def test_a_pillow_image_is_read_as_its_file_is(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "a.png"
+    if kind == "rotated":
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(picture()).crop((0, 0, 20, 40)).save(path, exif=exif)
+    elif kind == "transparent":
+        Image.new("RGBA", (9, 5), (200, 0, 0, 0)).save(path)
+    else:
+        Image.fromarray(np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)).save(path)
+    with Image.open(path) as opened:
+        np.testing.assert_array_equal(to_array(opened), to_array(path))
