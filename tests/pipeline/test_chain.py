@@ -16,6 +16,7 @@ from rlfseg import cli, hdf5, images
 from rlfseg.datasets.shapes import draw_scene
 
 FEW = 12
+pytestmark = pytest.mark.timeout(1800)  # two minutes on an idle machine; a busy one is no failure
 
 
 @pytest.fixture(scope="module")
