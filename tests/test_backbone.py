@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from rlfseg.backbone import ASSETS, Backbone, resolve_base
@@ -172,3 +173,33 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
         pytest.skip("there is a GPU")
     with pytest.raises(ConfigError, match="device"):
         Backbone.load(BackboneConfig(base="tiny", resolution=64, device="cuda"))
+
+
+@pytest.mark.parametrize("target", ["to_q", "conv1", "conv_in", "ff.net.0.proj"])
+def test_wide_lora_by_merged_weights_equals_lora_beside_them(target: str) -> None:
+    """Rank 64 on layers of 64 to 128: peft's own forward is the truth, for outputs and gradients."""
+    backbone = Backbone.load(TINY)
+    backbone.add_lora(LoraConfig(rank=64, alpha=32, targets=(target,)))
+    weights = backbone.trainable()
+    generator = torch.Generator().manual_seed(0)
+    for weight in weights:
+        weight.data = 0.1 * torch.randn(weight.shape, generator=generator)
+    layers = [m for m in backbone.velocity.modules() if isinstance(m, LoraLayer)]
+    z, t = torch.randn(2, 8, 16, 16, generator=generator), torch.tensor([0.3, 1.0])
+
+    def run() -> list[Tensor]:
+        out = backbone.velocity(z, t, backbone.text(["red ring", ""]))
+        return [out.detach(), *torch.autograd.grad(out.square().mean(), weights)]
+
+    merged = run()
+    assert any("forward" in vars(layer) for layer in layers)
+    for layer in layers:
+        vars(layer).pop("forward", None)
+    for ours, peft in zip(merged, run(), strict=True):
+        torch.testing.assert_close(ours, peft, rtol=1e-3, atol=1e-5 + 1e-4 * float(peft.abs().max()))
+
+
+def test_narrow_lora_stays_beside_the_weights() -> None:
+    backbone = Backbone.load(TINY)
+    backbone.add_lora(LoraConfig(rank=8, targets=("to_q", "conv1")))
+    assert not any("forward" in vars(m) for m in backbone.velocity.modules() if isinstance(m, LoraLayer))
