@@ -254,10 +254,10 @@ class Backbone:
 
 
 def merge_wide_lora(unet: nn.Module) -> None:
-    """Lets layers that a LoRA makes wider than they are add its product to their weights instead of its output to theirs.
+    """Computes a LoRA that is wider than its layer by merged weights: W + BA first, then one product instead of three.
 
-    The same function and gradients, by one product a layer instead of three. It pays where rank (in + out) >= in out, by
-    channels: never in SD at the paper's rank, everywhere in the drawn world, whose layers are no wider than that rank.
+    The same function and gradients. It pays where rank (in + out) >= in out, by channels: never in SD at the paper's
+    rank, and almost everywhere in the drawn world, whose layers are about as wide as that rank.
 
     Args:
         unet: With one LoRA on it, without dropout; its layers are changed in place.
