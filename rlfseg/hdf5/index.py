@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlfseg.errors import BadSample, DataError
-from rlfseg.hdf5.shards import AnyPath, index_rows
+from rlfseg.hdf5.reading import AnyPath, index_rows
 
 SUFFIXES = frozenset({".h5", ".hdf5", ".hdf"})
 INDEX = "index.parquet"
@@ -25,6 +25,7 @@ INDEX_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("captions", pa.list_(pa.string())),
         ("n_phrases", pa.int32()),
+        ("coco_id", pa.string()),  # null where the source doesn't tell
         ("bytes", pa.int64()),  # on disk, image and masks
     ]
 )
@@ -68,8 +69,14 @@ def read_index(folder: Path | str) -> pa.Table:
         raise DataError(f"{path}: no such file; `rlfseg prepare` writes it") from None
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a whole Parquet file ({error})") from error
+    if "coco_id" not in table.column_names:  # written before audits knew it
+        table = table.append_column("coco_id", pa.nulls(table.num_rows, pa.string()))
     if missing := [name for name in INDEX_SCHEMA.names if name not in table.column_names]:
         raise DataError(f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(table.column_names)}")
+    for wanted in INDEX_SCHEMA:
+        if table.schema.field(wanted.name).type != wanted.type:
+            found = table.schema.field(wanted.name).type
+            raise DataError(f"{path}: the column {wanted.name} must be {wanted.type}, this is {found}")
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from dataclasses import dataclass
 from functools import partial
@@ -33,11 +34,19 @@ class Labelled:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sample:
-    """One picture, uint8 RGB [H, W, 3], its id and its phrases in order; a caption may come twice."""
+    """One picture with its phrases.
+
+    Attributes:
+        id: Its id, unique in a data set.
+        image: uint8 RGB [H, W, 3].
+        phrases: In order; a caption may come twice.
+        coco_id: The id of the same picture in COCO, where the source tells: what `audit` compares first.
+    """
 
     id: str
     image: NDArray[np.uint8]
     phrases: tuple[Labelled, ...]
+    coco_id: str | None = None
 
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -77,7 +86,7 @@ def check_sample(sample: Sample, *, file: str) -> None:
 
 
 def _texts(sample: Sample) -> list[tuple[str, str]]:
-    texts = [("the id", sample.id)]
+    texts = [("the id", sample.id), ("the COCO id", sample.coco_id or "")]
     for phrase in sample.phrases:
         texts += [("the caption", phrase.caption), ("the task", phrase.task or "")]
     return texts
@@ -104,11 +113,12 @@ def quoted(text: str) -> str:
 
 
 def fingerprint(sample: Sample) -> bytes:
-    """A hash of everything in a sample, to prove that it came through unchanged."""
-    digest = hashlib.blake2b(repr((sample.id, sample.image.shape)).encode())
+    """A hash of everything in a sample, the same on any machine, to prove that it came through unchanged."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(json.dumps([sample.id, sample.coco_id, sample.image.shape]).encode())
     digest.update(sample.image.tobytes())
     for p in sample.phrases:
-        digest.update(repr((p.caption, p.task, None if p.instances is None else p.instances.shape)).encode())
+        digest.update(json.dumps([p.caption, p.task, None if p.instances is None else p.instances.shape]).encode())
         digest.update(p.mask.tobytes())
         digest.update(b"" if p.instances is None else p.instances.tobytes())
     return digest.digest()

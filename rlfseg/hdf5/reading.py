@@ -1,12 +1,11 @@
-"""HDF5 files of samples: written whole or not at all, read one sample at a time."""
+"""Reading HDF5 files of samples, one sample at a time, every data set checked before it is read."""
 
 from __future__ import annotations
 
 import os
 import threading
-import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from rlfseg.errors import BadSample, ResourceError, RlfsegError
+from rlfseg.errors import BadSample
 from rlfseg.hdf5.check import (
     MAX_SAMPLE_BYTES,
     Checked,
@@ -30,130 +29,16 @@ from rlfseg.hdf5.check import (
     read_array,
     stored_text,
 )
-from rlfseg.hdf5.samples import Labelled, Sample, check_sample, escape, fingerprint, quoted
+from rlfseg.hdf5.samples import Labelled, Sample, escape, fingerprint, quoted
 from rlfseg.images import to_binary
 
-SCHEMA_VERSION = 1
 AnyPath = str | os.PathLike[str]
 T = TypeVar("T")
 
 
-# --- writing -----------------------------------------------------------------------------------------------------
-
-
-def write_shard(
-    path: AnyPath, samples: Iterable[Sample], attributes: Mapping[str, str | int | float] | None = None
-) -> int:
-    """Writes samples to an HDF5 file that appears under its name only once it is whole and has been read back.
-
-    Args:
-        path: The file; an older one is replaced.
-        samples: Drawn one at a time; ids must differ.
-        attributes: Facts about the shard, stored at the file's root.
-
-    Returns:
-        How many samples it holds.
-
-    Raises:
-        BadSample: A sample that `check_sample` refuses, or an id that came before.
-        DataError: What was read back differs from what was written.
-        ResourceError: The file can't be written, e.g. on a full disk.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
-        with _writing(path):
-            digests = _write(temporary, samples, attributes or {}, str(path))
-            _verify(temporary, digests, path)
-            _publish(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return len(digests)
-
-
-def _write(temporary: Path, samples: Iterable[Sample], attributes: Mapping[str, Any], name: str) -> dict[str, bytes]:
-    digests: dict[str, bytes] = {}
-    # Nobody else knows the file yet; locks fail on some network drives.
-    with h5py.File(temporary, "x", locking=False) as file:
-        file.attrs.update({**attributes, "rlfseg_schema": SCHEMA_VERSION})
-        for sample in samples:
-            check_sample(sample, file=name)
-            if sample.id in digests:
-                raise BadSample("this id came before", file=name, sample=sample.id)
-            _put(file, sample)
-            digests[sample.id] = fingerprint(sample)
-    return digests
-
-
-def _put(file: h5py.File, sample: Sample) -> None:
-    group = file.create_group(escape(sample.id))
-    _put_text(group, "id", sample.id)
-    group.create_dataset("image", data=sample.image)
-    masks = group.create_group("mask", track_order=True)
-    for phrase in sample.phrases:
-        name = _free_name(masks, escape(phrase.caption))
-        mask = masks.create_dataset(name, data=phrase.mask, compression="gzip", chunks=phrase.mask.shape)
-        _put_text(mask, "caption", phrase.caption)
-        if phrase.task is not None:
-            _put_text(mask, "task", phrase.task)
-        if phrase.instances is not None:
-            _put_instances(group.require_group("instances"), name, phrase.instances)
-
-
-def _put_instances(group: h5py.Group, name: str, instances: NDArray[np.uint8]) -> None:
-    if len(instances):
-        group.create_dataset(name, data=instances, compression="gzip", chunks=(1, *instances.shape[1:]))
-    else:  # HDF5 has no chunks larger than the data
-        group.create_dataset(name, data=instances)
-
-
-def _put_text(item: Item, key: str, text: str) -> None:
-    # HDF5's strings end at NUL.
-    item.attrs[f"{key}_escaped" if "\0" in text else key] = escape(text) if "\0" in text else text
-
-
-def _free_name(group: h5py.Group, name: str) -> str:
-    free, number = name, 1
-    while free in group:
-        number += 1
-        free = f"{name}#{number}"
-    return free
-
-
-def _verify(temporary: Path, digests: dict[str, bytes], path: Path) -> None:
-    with _opened(temporary) as file:
-        for sample_id, digest in digests.items():
-            if fingerprint(_sample(file, sample_id, Place(str(path), sample_id))) != digest:
-                raise BadSample("reads back differently from what was written", file=str(path), sample=sample_id)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Renames a finished file into place, so that it is there after a power cut too."""
-    for target in (temporary, path.parent):
-        descriptor = os.open(target, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if target == temporary:
-            os.replace(temporary, path)
-
-
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except RlfsegError:
-        raise
-    except (OSError, RuntimeError) as error:
-        raise ResourceError(f"{path}: can't be written ({error}); is the disk full or the folder read-only?") from error
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _opened(path: AnyPath) -> Iterator[h5py.File]:
+def opened(path: AnyPath) -> Iterator[h5py.File]:
+    """A file, closed at the end; raises as `check.open_file`."""
     file = open_file(path)
     try:
         yield file
@@ -164,7 +49,7 @@ def _opened(path: AnyPath) -> Iterator[h5py.File]:
 def iter_ids(path: AnyPath) -> Iterator[str]:
     """The ids of a file's samples in the order of their names; BadSample if it is damaged or holds anything else."""
     place = Place(str(path))
-    with _opened(path) as file, place.reading():
+    with opened(path) as file, place.reading():
         ids = [sample_id for sample_id, _ in _samples(file, place)]
     yield from ids
 
@@ -182,19 +67,19 @@ def read_sample(path: AnyPath, sample_id: str) -> Sample:
     Raises:
         BadSample: The file or the sample is missing, damaged or refused.
     """
-    with _opened(path) as file:
-        return _sample(file, sample_id, Place(str(path), sample_id))
+    with opened(path) as file:
+        return sample_in(file, sample_id, Place(str(path), sample_id))
 
 
 def read_image(path: AnyPath, sample_id: str) -> NDArray[np.uint8]:
     """The picture of one sample, uint8 RGB [H, W, 3]; raises as `read_sample`."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return _image(file, sample_id, Place(str(path), sample_id))
 
 
 def read_captions(path: AnyPath, sample_id: str) -> tuple[str, ...]:
     """The captions of one sample, in order, without reading pixels; raises as `read_sample`."""
-    with _opened(path) as file:
+    with opened(path) as file:
         return _captions(file, sample_id, Place(str(path), sample_id))
 
 
@@ -218,7 +103,11 @@ class Reader:
 
     def sample(self, shard: str, sample_id: str) -> Sample:
         """As `read_sample`."""
-        return self._read(_sample, shard, sample_id)
+        return self._read(sample_in, shard, sample_id)
+
+    def verified(self, shard: str, sample_id: str) -> Sample:
+        """As `sample`, and refused where it differs from the digest that its writer left, if it left one."""
+        return self._read(_verified, shard, sample_id)
 
     def image(self, shard: str, sample_id: str) -> NDArray[np.uint8]:
         """As `read_image`."""
@@ -260,11 +149,22 @@ class _Entry(NamedTuple):
     instances: Checked | None
 
 
-def _sample(file: h5py.File, sample_id: str, place: Place) -> Sample:
+def sample_in(file: h5py.File, sample_id: str, place: Place) -> Sample:
+    """As `read_sample`, from an open file."""
     with place.reading():
-        image, entries = _parts(_find(file, sample_id, place), place)
+        group = _find(file, sample_id, place)
+        image, entries = _parts(group, place)
         phrases = tuple(_read_phrase(entry, place) for entry in entries)
-        return Sample(id=sample_id, image=read_array(image, place), phrases=phrases)
+        coco_id = stored_text(group, "coco_id")
+        return Sample(id=sample_id, image=read_array(image, place), phrases=phrases, coco_id=coco_id)
+
+
+def _verified(file: h5py.File, sample_id: str, place: Place) -> Sample:
+    sample = sample_in(file, sample_id, place)
+    digest = stored_text(_find(file, sample_id, place), "digest")
+    if digest not in (None, fingerprint(sample).hex()):
+        raise place.bad("was changed or damaged since it was written: it doesn't match its digest")
+    return sample
 
 
 def _image(file: h5py.File, sample_id: str, place: Place) -> NDArray[np.uint8]:
@@ -368,7 +268,7 @@ def index_rows(path: Path, shard: str) -> Iterator[dict[str, Any] | BadSample]:
     """
     place = Place(str(path))
     try:
-        with _opened(path) as file, place.reading():
+        with opened(path) as file, place.reading():
             for sample_id, group in _samples(file, place):
                 yield _row(sample_id, shard, group, place._replace(sample=sample_id))
     except BadSample as error:
@@ -387,6 +287,7 @@ def _row(sample_id: str, shard: str, group: h5py.Group, place: Place) -> dict[st
                 "width": image.shape[1],
                 "captions": [e.caption for e in entries],
                 "n_phrases": len(entries),
+                "coco_id": stored_text(group, "coco_id"),
                 "bytes": sum(part.data.id.get_storage_size() for part in parts),
             }
     except BadSample as error:
