@@ -47,6 +47,8 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databrick
 # MLflow's own (7 retries, backoff 2, 120 s) hold a training step for minutes; with these an outage costs 3 s a try.
 PATIENCE = {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "20"}
 logger = logging.getLogger(__name__)
+for _chatty in ("mlflow.store.db.utils", "mlflow.pyfunc"):
+    logging.getLogger(_chatty).setLevel(logging.WARNING)  # not for people who train
 
 
 def resolve_uri(uri: str | None = None, default_dir: Path = RUNS) -> str:
