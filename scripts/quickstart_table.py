@@ -41,7 +41,7 @@ def main(out: Path, seconds: int) -> None:
 Look at     {out}/test-one-step/best.png and worst.png, {out}/masks/overlays/, {out}/train-1/curves.png
 Compare     mlflow ui --backend-store-uri sqlite:///{Path("runs/mlflow.db").absolute()}
 In Python   from rlfseg import Segmenter; Segmenter.load("{out}/train-1/adapter")("picture.png", ["red ring"])
-Try next    rlfseg predict --images {out}/test --adapter tiny --phrases '[star, blue circle]' --overlays true --out runs/stars
+Try next    rlfseg predict --images {out}/test --phrases '[star, blue circle]' --overlays true --out runs/stars
             rlfseg train --help        the paper's setting: jobs/configs/paper/, jobs/paper.sh
 """)
 
