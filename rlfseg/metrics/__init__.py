@@ -10,8 +10,12 @@
 A protocol is a class of sums (`Additive`): `of(...)` measures one sample, `merge` adds up, `results()` gives figures.
 """
 
+from rlfseg.metrics.bootstrap import draw_images, intervals, resampled
+from rlfseg.metrics.clipseg import ClipSeg
 from rlfseg.metrics.default import Sums
 from rlfseg.metrics.masks import Mask, boundary_f, boundary_iou, iou
+from rlfseg.metrics.protocols import PROTOCOLS, measure
+from rlfseg.metrics.referring import Gres, PhraseCut, Refer
 from rlfseg.metrics.scores import (
     BINS,
     THRESHOLDS,
@@ -20,20 +24,34 @@ from rlfseg.metrics.scores import (
     precision_recall,
     score_histograms,
 )
+from rlfseg.metrics.semseg import VOID, Argmax, SemSeg, true_labels
 from rlfseg.metrics.sums import PRECISION_AT, Additive
 
 __all__ = [
     "BINS",
     "PRECISION_AT",
+    "PROTOCOLS",
     "THRESHOLDS",
+    "VOID",
     "Additive",
+    "Argmax",
+    "ClipSeg",
+    "Gres",
     "Mask",
+    "PhraseCut",
+    "Refer",
     "Score",
+    "SemSeg",
     "Sums",
     "average_precision",
     "boundary_f",
     "boundary_iou",
+    "draw_images",
+    "intervals",
     "iou",
+    "measure",
     "precision_recall",
+    "resampled",
     "score_histograms",
+    "true_labels",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,16 +44,16 @@ class Sums(Additive):
     n_samples: int = 0
     n_empty_truth: int = 0
     iou: int = 0
-    iou_by_threshold: Counts = zeros(len(THRESHOLDS))
+    iou_by_threshold: Counts = field(default_factory=zeros(len(THRESHOLDS)))
     intersection: int = 0
     union: int = 0
-    hits: Counts = zeros(len(PRECISION_AT))
+    hits: Counts = field(default_factory=zeros(len(PRECISION_AT)))
     ap: int = 0
     boundary_iou: int = 0
     boundary_iou_coco: int = 0
     boundary_f: int = 0
-    negatives: Counts = zeros(2 * BINS)
-    positives: Counts = zeros(2 * BINS)
+    negatives: Counts = field(default_factory=zeros(2 * BINS))
+    positives: Counts = field(default_factory=zeros(2 * BINS))
 
     @classmethod
     def of(cls, score: Score, truth: Mask, threshold: float) -> Sums:

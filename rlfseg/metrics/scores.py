@@ -40,7 +40,9 @@ def score_histograms(score: Score, truth: Mask) -> Int64[NDArray[np.int64], "2 b
     Raises:
         DataError: A score is NaN or outside [0, 1], or the shapes differ.
     """
-    _check(score, truth)
+    if score.shape != truth.shape:
+        raise DataError(f"scores of {score.shape} for a mask of {truth.shape}: resize the scores, never the mask")
+    check_values(score)
     j = np.minimum((score * BINS).astype(np.uint16), BINS - 1)
     above = np.greater(score, _CUT.astype(score.dtype)[j])
     code = (truth.astype(np.uint16) * BINS + j) * 2 + above
@@ -80,9 +82,8 @@ def precision_recall(histograms: Int64[NDArray[np.int64], "2 bins"]) -> tuple[ND
     return tp / np.maximum(tp + fp, 1), tp / max(tp[-1], 1)
 
 
-def _check(score: Score, truth: Mask) -> None:
-    if score.shape != truth.shape:
-        raise DataError(f"scores of {score.shape} for a mask of {truth.shape}: resize the scores, never the mask")
+def check_values(score: Score) -> None:
+    """Raises DataError where a score is NaN or outside [0, 1]."""
     if not (score.min() >= 0 and score.max() <= 1):  # false for NaN, too
         bad = np.count_nonzero(~((score >= 0) & (score <= 1)))
         raise DataError(f"{bad} of {score.size} scores are NaN or outside [0, 1] ({np.isnan(score).sum()} NaN)")

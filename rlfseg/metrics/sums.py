@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,8 +17,12 @@ S = TypeVar("S", bound="Additive")
 
 
 @dataclass(kw_only=True, eq=False)
-class Additive:
+class Additive(ABC):
     """What all measures of a protocol are computed from: each field a whole number or an int64 array of them."""
+
+    @abstractmethod
+    def results(self) -> dict[str, float]:
+        """All measures by name; raises DataError where nothing was measured."""
 
     def merge(self: S, other: S) -> None:
         """Adds the sums of another part of the set."""
@@ -44,9 +50,9 @@ class Additive:
         return cls(**{k: int(v) if np.ndim(v) == 0 else np.asarray(v, np.int64) for k, v in sums.items()})
 
 
-def zeros(n: int) -> Any:
-    """A dataclass field: n whole numbers, all 0, int64 [n]."""
-    return field(default_factory=partial(np.zeros, n, np.int64))
+def zeros(n: int) -> Callable[[], NDArray[np.int64]]:
+    """For a field's `default_factory`: n whole numbers, all 0, int64 [n]."""
+    return partial(np.zeros, n, np.int64)
 
 
 def units(values: Any) -> Any:
