@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -110,3 +111,9 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Ro
         for row in pq.read_table(path, columns=list({*columns, "status"}) if columns else None).to_pylist():
             if row["status"] == OK:
                 yield row
+
+
+def file_name(text: str) -> str:
+    """A readable file name that no two texts share."""
+    slug = re.sub(r"[^\w.-]+", "_", text)[-60:].strip("._") or "x"
+    return slug if slug == text else f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

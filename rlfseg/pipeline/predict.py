@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from rlfseg import adapter, draw, images
 from rlfseg.config import PredictConfig, SamplingConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError
-from rlfseg.pipeline.folders import write_json
+from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
@@ -157,12 +156,6 @@ def _outcome(result: Result) -> str:
     if result.failed:
         return "failed: the network gave NaN"
     return "ok: the phrase is longer than the text encoder takes and was cut" if result.truncated else OK
-
-
-def file_name(text: str) -> str:
-    """A readable file name that no two texts share."""
-    slug = re.sub(r"[^\w.-]+", "_", text)[-60:].strip("._") or "x"
-    return slug if slug == text else f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 # --- what to work on -------------------------------------------------------------------------------------------------
