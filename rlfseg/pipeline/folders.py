@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlfseg.config import digest
@@ -34,7 +35,7 @@ def begin(out: Path, identity: Row) -> str:
     """
     started = out / "_STARTED.json"
     if started.exists():
-        known = json.loads(started.read_text())["identity"]
+        known = read_json(started).get("identity") or {}
         now = json.loads(json.dumps(identity))
         if known != now:
             fields = [
@@ -78,7 +79,7 @@ def require_finished(folder: Path) -> Row:
             else "not an rlfseg folder"
         )
         raise DataError(f"{folder} is {state} (no _SUCCESS.json)")
-    return dict(json.loads(path.read_text()))
+    return read_json(path)
 
 
 def fingerprint(folder: Path) -> str:
@@ -89,8 +90,28 @@ def fingerprint(folder: Path) -> str:
 def write_json(path: Path, tree: Row) -> None:
     """Writes JSON in one move."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(tree, indent=1, ensure_ascii=False))
+    text = json.dumps(tree, indent=1, ensure_ascii=False)
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate, as JSON escapes it
     os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Row:
+    """A JSON file that holds an object; DataError where it is damaged."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: damaged ({error})") from error
+    if not isinstance(tree, dict):
+        raise DataError(f"{path}: damaged (holds {tree!a:.40} where an object should be)")
+    return tree
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """A Parquet file; DataError where it is damaged or lacks a column."""
+    try:
+        return pq.read_table(path, columns=columns)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise DataError(f"{path}: not a whole Parquet file with the columns wanted ({error})") from error
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
@@ -108,7 +129,7 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Ro
     """
     require_finished(folder)
     for path in sorted((folder / "data").glob("*.parquet")):
-        for row in pq.read_table(path, columns=list({*columns, "status"}) if columns else None).to_pylist():
+        for row in read_table(path, list({*columns, "status"}) if columns else None).to_pylist():
             if row["status"] == OK:
                 yield row
 
@@ -116,4 +137,4 @@ def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Ro
 def file_name(text: str) -> str:
     """A readable file name that no two texts share."""
     slug = re.sub(r"[^\w.-]+", "_", text)[-60:].strip("._") or "x"
-    return slug if slug == text else f"{slug}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return slug if slug == text else f"{slug}-{sha256(text.encode()).hexdigest()[:8]}"
