@@ -9,12 +9,11 @@ from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rlfseg import adapter, draw, images
 from rlfseg.config import PredictConfig, SamplingConfig, as_dict
-from rlfseg.errors import BadSample, ConfigError
-from rlfseg.pipeline.folders import file_name, write_json
+from rlfseg.errors import BadSample, ConfigError, DataError
+from rlfseg.pipeline.folders import file_name, read_table, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
@@ -33,6 +32,8 @@ SCHEMA = pa.schema(
         ("outcomes", pa.list_(pa.string())),  # `ok`, `ok: phrase cut`, or `failed: ` and why
     ]
 )
+
+ASKED = pa.schema([("path", pa.string()), ("phrases", pa.list_(pa.string()))])
 
 
 def run(config: PredictConfig) -> Summary:
@@ -176,8 +177,7 @@ def _plan(config: PredictConfig, phrases: list[str]) -> tuple[pa.Table, Callable
         samples = open_samples(source)
         return samples.rows, LoadPrepared(samples.folder, phrases)
     if source.suffix == ".parquet" and source.is_file():
-        table = pq.read_table(source, columns=["path", "phrases"]).to_pylist()
-        asked = {str(Path(r["path"]).absolute()): [*r["phrases"], *phrases] for r in table}
+        asked = {path: [*own, *phrases] for path, own in _listed(source).items()}
     else:
         asked = {str(p.absolute()): phrases for p in _files(config.images)}
     if not asked:
@@ -188,6 +188,24 @@ def _plan(config: PredictConfig, phrases: list[str]) -> tuple[pa.Table, Callable
     if silent is not None:
         raise ConfigError(f"phrases: empty, and {silent} brings none of its own; give e.g. --phrases '[\"red ring\"]'")
     return pa.table({"id": list(asked), "captions": list(asked.values())}), load_picture
+
+
+def _listed(source: Path) -> dict[str, list[str]]:
+    """Pictures and their phrases in a Parquet file with the columns `path` and `phrases`; DataError names a bad row."""
+    try:
+        table = read_table(source, ["path", "phrases"]).cast(ASKED)
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"images: {source}: needs `path`, text, and `phrases`, lists of text ({error})") from error
+    asked: dict[str, list[str]] = {}
+    for n, row in enumerate(table.to_pylist()):
+        path = str(Path(row["path"] or "").absolute())
+        if not row["path"] or "\0" in path:
+            raise DataError(f"images: {source}, row {n}: {row['path']!a} is no path")
+        try:
+            asked.setdefault(path, []).extend(checked_phrase(p or "") for p in row["phrases"] or ())
+        except BadSample as error:
+            raise DataError(f"images: {source}, row {n}: {error.reason}") from error
+    return asked
 
 
 def _files(pattern: str) -> list[Path]:
@@ -230,10 +248,11 @@ class LoadPrepared:
             The row with pixels.
 
         Raises:
-            BadSample: It is damaged.
+            BadSample: It is damaged, or a phrase of it is empty.
         """
         loaded = self.load(row)
-        return {"id": row["id"], "image": loaded["image"], "captions": self.phrases or loaded["captions"]}
+        captions = self.phrases or [checked_phrase(c) for c in loaded["captions"]]
+        return {"id": row["id"], "image": loaded["image"], "captions": captions}
 
 
 def _weights_hash(folder: Path) -> str:

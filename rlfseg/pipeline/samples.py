@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rlfseg import hdf5
 from rlfseg.errors import DataError
 from rlfseg.hdf5 import Reader
-from rlfseg.pipeline.folders import fingerprint, require_finished
+from rlfseg.pipeline.folders import fingerprint, read_table, require_finished
 from rlfseg.pipeline.rows import OK, Row
 
 REFINED = ("masks", "outcomes")  # columns that refining adds to the index's
@@ -55,12 +54,14 @@ def open_samples(path: str | Path) -> Samples:
     state = require_finished(folder)
     if (folder / hdf5.INDEX).is_file():
         return Samples(folder=folder, rows=hdf5.read_index(folder), fingerprint=fingerprint(folder))
-    source = Path(state["identity"]["samples"])
+    source = Path(str((state.get("identity") or {}).get("samples")))
     if not source.is_dir():
         raise DataError(f"samples: {folder} was refined from {source}, which is gone; its pixels are needed")
-    parts = [pq.read_table(p) for p in sorted((folder / "data").glob("*.parquet"))]
+    parts = [read_table(p) for p in sorted((folder / "data").glob("*.parquet"))]
     rows = pa.concat_tables(parts)
-    rows = rows.filter(pa.compute.equal(rows["status"], OK)).sort_by("id")
+    rows = rows.filter(pa.compute.equal(rows["status"], OK))
+    hashes = [hdf5.id_hash(i) for i in rows["id"].to_pylist()]
+    rows = rows.take(sorted(range(len(hashes)), key=hashes.__getitem__))  # the order of an index
     return Samples(folder=source, rows=rows, fingerprint=fingerprint(folder))
 
 
