@@ -9,6 +9,7 @@ README.md                                        the model card, for people
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,15 @@ def read_card(folder: Path) -> Card:
         return TypeAdapter(Card).validate_python(yaml.safe_load(path.read_text()))
     except (ValidationError, yaml.YAMLError) as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def version(folder: Path) -> str:
+    """A short hash of an adapter's weights and card: what changes any mask changes it."""
+    sums = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".safetensors", ".yaml"):
+            sums.update(path.read_bytes())
+    return sums.hexdigest()[:12]
 
 
 def resolve(reference: str) -> Path:

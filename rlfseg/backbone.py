@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Backbone:
             part.to(device).eval().requires_grad_(False)
         self.velocity = Velocity(unet)
         self._text_cache: LRUCache[str, Tensor] = LRUCache(TEXT_CACHE)
+        self._black: Tensor | None = None
 
     @classmethod
     def load(cls, config: BackboneConfig, *, unet: nn.Module | None = None) -> Backbone:
@@ -121,10 +122,11 @@ class Backbone:
         pixels: Tensor = self.vae.decode(scaled, return_dict=False)[0]
         return pixels.float()
 
-    @lru_cache(maxsize=1)  # noqa: B019  one backbone lives as long as its process
     def black(self) -> Float[Tensor, "1 C h w"]:
-        """z_b of Eq. 6: the latent of a black image."""
-        return self.encode(-torch.ones(1, 3, self.resolution, self.resolution))
+        """z_b of Eq. 6: the latent of a black image, encoded once."""
+        if self._black is None:
+            self._black = self.encode(-torch.ones(1, 3, self.resolution, self.resolution))
+        return self._black
 
     # --- text ----------------------------------------------------------------------------------------------------
 

@@ -94,6 +94,37 @@ def load_mask(
     return to_binary(values, file=name, sample=sample)
 
 
+def load_labels(
+    source: Source, *, name: str, sample: str | None = None, max_pixels: int = MAX_PIXELS
+) -> NDArray[np.int32]:
+    """Decodes a label map: the numbers that its file holds; of a palette the index, of a colour R + 256 G + 65536 B.
+
+    Args:
+        source: A path, the file's bytes, a file open for reading bytes, or a picture that Pillow has opened.
+        name: What errors call it.
+        sample: Its id, for errors.
+        max_pixels: Largest height times width; checked before anything is decoded.
+
+    Returns:
+        int32 [H, W].
+
+    Raises:
+        BadSample: As `load_image`, or transparency, or numbers that aren't whole.
+    """
+    try:
+        with _open(source, max_pixels) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            values = np.asarray(image)
+    except (*DAMAGED, *BOMB) as error:
+        raise BadSample(_reason(error), file=name, sample=sample) from error
+    if values.ndim == 3 and values.shape[2] == 3:
+        return values.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
+    if values.ndim != 2 or values.dtype.kind not in "biu":
+        reason = f"a label map holds whole numbers or RGB, this is {values.dtype} of shape {values.shape}"
+        raise BadSample(reason, file=name, sample=sample)
+    return values.astype(np.int32)
+
+
 def image_size(source: Source, *, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """Height and width of a picture as people see it, from its header; the pixels may still be damaged.
 
@@ -190,9 +221,18 @@ def tensor_to_score(decoded: Float[Tensor, "*batch 3 R R"], size: tuple[int, int
     Returns:
         float32 [..., H, W] in [0, 1]; NaN stays NaN.
     """
-    score = (decoded.float().mean(dim=-3).clamp(-1, 1) + 1) / 2
-    planes = score.reshape(-1, *score.shape[-2:])
-    return _stretch(planes, size).clamp(0, 1).reshape(*score.shape[:-2], *size)
+    return square_to_score(tensor_to_square(decoded), size)
+
+
+def tensor_to_square(decoded: Float[Tensor, "*batch 3 R R"]) -> Float[Tensor, "*batch R R"]:
+    """A decoded mask in [-1, 1] as scores in the network's frame: float32 [..., R, R] in [0, 1]; NaN stays NaN."""
+    return (decoded.float().mean(dim=-3).clamp(-1, 1) + 1) / 2
+
+
+def square_to_score(square: Float[Tensor, "*batch R R"], size: tuple[int, int]) -> Float[Tensor, "*batch H W"]:
+    """Scores in the network's frame brought to the picture's size (H, W), bilinearly; float32 [..., H, W] in [0, 1]."""
+    planes = square.reshape(-1, *square.shape[-2:])
+    return _stretch(planes, size).clamp(0, 1).reshape(*square.shape[:-2], *size)
 
 
 def rle_encode(mask: UInt8[np.ndarray, "H W"]) -> str:
@@ -201,11 +241,11 @@ def rle_encode(mask: UInt8[np.ndarray, "H W"]) -> str:
     return counts.decode("ascii")
 
 
-def rle_decode(counts: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """The mask of COCO's compressed counts.
+def rle_decode(counts: str | bytes | list[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """The mask of COCO's counts, compressed or not.
 
     Args:
-        counts: As `rle_encode` gives them.
+        counts: As `rle_encode` gives them, or as a list of whole numbers: off, on, off ... down the columns.
         size: (H, W).
 
     Returns:
@@ -218,8 +258,8 @@ def rle_decode(counts: str, size: tuple[int, int]) -> NDArray[np.uint8]:
     if not 0 < height * width <= MAX_PIXELS or min(size) < 1:
         raise DataError(f"a mask of {height} x {width} pixels is outside 1 to {MAX_PIXELS:,}")
     # Not by pycocotools: its decoder writes outside its buffer where the counts are damaged.
-    runs = _runs(counts)
-    if runs is None or runs.min() < 0 or runs.sum() != height * width:
+    runs = _plain_runs(counts) if isinstance(counts, list) else _runs(counts)
+    if runs is None or not 0 <= runs.min() <= runs.max() <= height * width or runs.sum() != height * width:
         raise DataError(f"RLE counts {counts[:40]!a} don't describe a mask of {height} x {width} pixels")
     column_major: NDArray[np.uint8] = np.repeat(np.arange(runs.size) % 2, runs).astype(np.uint8)
     return np.ascontiguousarray(column_major.reshape(width, height).T)
@@ -312,13 +352,21 @@ def _stretch(planes: Tensor, size: tuple[int, int]) -> Tensor:
     return interpolate(planes[None], size=size, mode="bilinear", antialias=True)[0]
 
 
-def _runs(counts: str) -> NDArray[np.int64] | None:
+def _plain_runs(counts: list[Any]) -> NDArray[np.int64] | None:
+    """Run lengths that are written out, or None if they are none."""
+    if not counts or not all(type(run) is int and 0 <= run <= MAX_PIXELS for run in counts):
+        return None
+    return np.array(counts, np.int64)
+
+
+def _runs(counts: str | bytes) -> NDArray[np.int64] | None:
     """Run lengths of COCO's compressed counts, or None if they can't be read.
 
     Each number is little-endian in digits of 5 bits from chr(48) on; bit 5 says that another digit follows, bit 4 of
     the last is the sign; from the fourth number on, each is the difference from the one two before.
     """
-    digits = np.frombuffer(counts.encode("utf-8", "replace"), np.uint8).astype(np.int64) - 48
+    text = counts.encode("utf-8", "replace") if isinstance(counts, str) else counts
+    digits = np.frombuffer(text, np.uint8).astype(np.int64) - 48
     if digits.size == 0 or digits.min() < 0 or digits.max() > 63 or digits[-1] & 32:
         return None
     last = digits & 32 == 0

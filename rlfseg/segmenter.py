@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,51 +21,11 @@ from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
 from rlfseg.config import SamplingConfig
 from rlfseg.errors import BadSample
+from rlfseg.results import Result, Square, checked_phrase
+
+__all__ = ["Picture", "Result", "Segmenter", "Square", "checked_phrase", "to_array"]
 
 Picture = images.Source | NDArray[np.uint8]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Result:
-    """What a phrase means on a picture.
-
-    Attributes:
-        caption: The phrase.
-        score: float32 [H, W] in [0, 1]; all NaN where the network failed.
-        threshold: Score above which a pixel is mask.
-        gamma: Factor of Eq. 7 or 10 after clipping; 0 without rescaling.
-        clipped: Whether gamma ran into its upper limit.
-        truncated: Whether the text encoder saw only the beginning of the phrase.
-    """
-
-    caption: str
-    score: NDArray[np.float32]
-    threshold: float
-    gamma: float
-    clipped: bool
-    truncated: bool
-
-    @property
-    def mask(self) -> NDArray[np.uint8]:
-        """uint8 {0, 1} [H, W].
-
-        Raises:
-            BadSample: The network gave NaN: no mask is not an empty mask.
-        """
-        if self.failed:
-            raise BadSample("the network gave NaN for this phrase", file="segmenter", sample=self.caption)
-        return (self.score > self.threshold).astype(np.uint8)
-
-    @property
-    def failed(self) -> bool:
-        """Whether the network gave NaN."""
-        return bool(np.isnan(self.score).any())
-
-    @property
-    def confidence(self) -> float:
-        """Mean score inside the mask, 0 where it is empty."""
-        inside = self.score[self.mask == 1]
-        return float(inside.mean()) if inside.size else 0.0
 
 
 class Segmenter:
@@ -149,30 +108,50 @@ class Segmenter:
         Raises:
             BadSample: A phrase is empty.
         """
+        checked = [[checked_phrase(p) for p in own] for own in phrases]
+        if not any(checked):
+            return [[] for _ in phrases]
+        limit = self.card.threshold if threshold is None else threshold
+        found = self.squares(self.encode(pictures), checked, sampling=sampling)
+        return [[s.at(p.shape[:2], limit) for s in own] for p, own in zip(pictures, found, strict=True)]
+
+    def squares(
+        self,
+        z1: Float[Tensor, "I C h w"],
+        phrases: Sequence[Sequence[str]],
+        *,
+        sampling: SamplingConfig | None = None,
+    ) -> list[list[Square]]:
+        """What each phrase means on each encoded picture, in the network's frame; phrases batched across pictures.
+
+        Args:
+            z1: Latents of the pictures, from `encode`.
+            phrases: For each picture; none of them empty.
+            sampling: Steps, AOS or HSS; default: one step.
+
+        Returns:
+            For each picture a square a phrase, on the backbone's device.
+        """
         config = sampling or SamplingConfig()
         owners = [i for i, own in enumerate(phrases) for _ in own]
-        flat = [checked_phrase(p) for own in phrases for p in own]
-        if not flat:
-            return [[] for _ in phrases]
-        z1 = self.encode(pictures)
-        results: list[list[Result]] = [[] for _ in phrases]
-        limit = self.card.threshold if threshold is None else threshold
+        flat = [p for own in phrases for p in own]
+        found: list[list[Square]] = [[] for _ in phrases]
         for start in range(0, len(flat), self.max_batch):
             part = slice(start, start + self.max_batch)
             decoded, gamma, clipped = self._masks(z1[owners[part]], flat[part], config)
+            scores = images.tensor_to_square(decoded)
             for n, owner in enumerate(owners[part]):
                 caption = flat[start + n]
-                results[owner].append(
-                    Result(
+                found[owner].append(
+                    Square(
                         caption=caption,
-                        score=images.tensor_to_score(decoded[n], pictures[owner].shape[:2]).cpu().numpy(),
-                        threshold=limit,
+                        score=scores[n],
                         gamma=gamma[n],
                         clipped=clipped[n],
                         truncated=self.backbone.too_long(caption),
                     )
                 )
-        return results
+        return found
 
     def encode(self, pictures: Sequence[NDArray[np.uint8]]) -> Float[Tensor, "I C h w"]:
         """Latents z1 of pictures of any sizes."""
@@ -216,20 +195,3 @@ def to_array(image: Picture) -> NDArray[np.uint8]:
         return image
     name = os.fspath(image) if isinstance(image, str | os.PathLike) else getattr(image, "name", "image")
     return images.load_image(image, name=str(name))
-
-
-def checked_phrase(phrase: str) -> str:
-    """The phrase without surrounding blanks.
-
-    Args:
-        phrase: As somebody wrote it.
-
-    Returns:
-        The stripped phrase.
-
-    Raises:
-        BadSample: Nothing is left of it.
-    """
-    if not phrase.strip():
-        raise BadSample(f"the phrase {phrase!r} is empty; say what to look for", file="phrases")
-    return phrase.strip()

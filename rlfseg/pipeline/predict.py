@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -77,7 +76,7 @@ def run(config: PredictConfig) -> Summary:
                 k: settings[k]
                 for k in ("images", "phrases", "phrases_file", "sampling", "threshold", "png", "overlays")
             }
-            | {"adapter": _weights_hash(folder)},
+            | {"adapter": adapter.version(folder)},
             on_error=config.on_error,
             finalize=partial(_report, out),
         )
@@ -253,14 +252,6 @@ class LoadPrepared:
         loaded = self.load(row)
         captions = self.phrases or [checked_phrase(c) for c in loaded["captions"]]
         return {"id": row["id"], "image": loaded["image"], "captions": captions}
-
-
-def _weights_hash(folder: Path) -> str:
-    sums = hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".yaml"):
-            sums.update(path.read_bytes())
-    return sums.hexdigest()[:12]
 
 
 def _report(out: Path, counts: Row) -> Row:

@@ -1,0 +1,106 @@
+"""What is asked and what comes out: apart from the networks, so that whoever handles results loads none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from rlfseg import images
+from rlfseg.errors import BadSample
+
+if TYPE_CHECKING:
+    from torch import Tensor  # drivers check phrases, and need no torch for that
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """What a phrase means on a picture.
+
+    Attributes:
+        caption: The phrase.
+        score: float32 [H, W] in [0, 1]; all NaN where the network failed.
+        threshold: Score above which a pixel is mask.
+        gamma: Factor of Eq. 7 or 10 after clipping; 0 without rescaling.
+        clipped: Whether gamma ran into its upper limit.
+        truncated: Whether the text encoder saw only the beginning of the phrase.
+    """
+
+    caption: str
+    score: NDArray[np.float32]
+    threshold: float
+    gamma: float
+    clipped: bool
+    truncated: bool
+
+    @property
+    def mask(self) -> NDArray[np.uint8]:
+        """uint8 {0, 1} [H, W].
+
+        Raises:
+            BadSample: The network gave NaN: no mask is not an empty mask.
+        """
+        if self.failed:
+            raise BadSample("the network gave NaN for this phrase", file="segmenter", sample=self.caption)
+        return (self.score > self.threshold).astype(np.uint8)
+
+    @property
+    def failed(self) -> bool:
+        """Whether the network gave NaN."""
+        return bool(np.isnan(self.score).any())
+
+    @property
+    def confidence(self) -> float:
+        """Mean score inside the mask, 0 where it is empty."""
+        inside = self.score[self.mask == 1]
+        return float(inside.mean()) if inside.size else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Square:
+    """What the network itself says of a phrase, in its own frame; a service sends this between processes.
+
+    Attributes:
+        caption: The phrase.
+        score: float32 [R, R] in [0, 1]; NaN where the network failed.
+        gamma: Factor of Eq. 7 or 10 after clipping; 0 without rescaling.
+        clipped: Whether gamma ran into its upper limit.
+        truncated: Whether the text encoder saw only the beginning of the phrase.
+    """
+
+    caption: str
+    score: Float[Tensor, "R R"]
+    gamma: float
+    clipped: bool
+    truncated: bool
+
+    def at(self, size: tuple[int, int], threshold: float) -> Result:
+        """The same on a picture of `size` (H, W), with the score above which a pixel is mask."""
+        return Result(
+            caption=self.caption,
+            score=images.square_to_score(self.score, size).cpu().numpy(),
+            threshold=threshold,
+            gamma=self.gamma,
+            clipped=self.clipped,
+            truncated=self.truncated,
+        )
+
+
+def checked_phrase(phrase: str) -> str:
+    """The phrase without surrounding blanks.
+
+    Args:
+        phrase: As somebody wrote it.
+
+    Returns:
+        The stripped phrase.
+
+    Raises:
+        BadSample: Nothing is left of it.
+    """
+    if not phrase.strip():
+        raise BadSample(f"the phrase {phrase!r} is empty; say what to look for", file="phrases")
+    return phrase.strip()
