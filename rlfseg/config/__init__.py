@@ -1,0 +1,91 @@
+"""Every setting of every command: frozen dataclasses, one a command, with the paper's values where it gives them.
+
+Each field says what it means, its unit, and where its default comes from; "ours" marks what the paper leaves open.
+Imports neither torch nor ray, so that `--help` is quick.
+"""
+
+from rlfseg.config.cluster import (
+    SubmitConfig,
+)
+from rlfseg.config.data import (
+    AuditConfig,
+    InspectConfig,
+    PrepareConfig,
+    ShapesConfig,
+    VerifyConfig,
+)
+from rlfseg.config.labels import (
+    EncodeConfig,
+    GuardConfig,
+    RefineConfig,
+    SamConfig,
+)
+from rlfseg.config.masks import (
+    CalibrateConfig,
+    EvaluateConfig,
+    PredictConfig,
+)
+from rlfseg.config.parts import (
+    ASSETS,
+    ATTENTION,
+    EVERY_LAYER,
+    SD_V15,
+    STRICT,
+    BackboneConfig,
+    FastConfig,
+    Fraction,
+    LoraConfig,
+    Natural,
+    Positive,
+    PositiveInt,
+    Ratio,
+    SamplingConfig,
+    TrackingConfig,
+    WorkersConfig,
+    as_dict,
+    digest,
+    flatten,
+)
+from rlfseg.config.training import (
+    OptimizerConfig,
+    SpeedConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "ASSETS",
+    "ATTENTION",
+    "EVERY_LAYER",
+    "SD_V15",
+    "STRICT",
+    "AuditConfig",
+    "BackboneConfig",
+    "CalibrateConfig",
+    "EncodeConfig",
+    "EvaluateConfig",
+    "FastConfig",
+    "Fraction",
+    "GuardConfig",
+    "InspectConfig",
+    "LoraConfig",
+    "Natural",
+    "OptimizerConfig",
+    "Positive",
+    "PositiveInt",
+    "PredictConfig",
+    "PrepareConfig",
+    "Ratio",
+    "RefineConfig",
+    "SamConfig",
+    "SamplingConfig",
+    "ShapesConfig",
+    "SpeedConfig",
+    "SubmitConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "VerifyConfig",
+    "WorkersConfig",
+    "as_dict",
+    "digest",
+    "flatten",
+]

@@ -1,0 +1,119 @@
+"""Settings of the commands that make and measure masks."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from rlfseg.config.parts import (
+    STRICT,
+    FastConfig,
+    Fraction,
+    Natural,
+    Positive,
+    SamplingConfig,
+    TrackingConfig,
+    WorkersConfig,
+)
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class CalibrateConfig:
+    """Chooses the mask threshold and the eps of AOS and HSS on a validation split and writes them into the adapter."""
+
+    adapter: str
+    """Adapter folder; calibration is written into it."""
+    samples: str
+    """Folder written by `prepare`: a validation split, never the test split."""
+    out: str
+    """Folder to write the search's results to."""
+    eps: tuple[Positive, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
+    """Values to try."""
+    gamma_max: Positive | None = 0.25
+    """Upper limit of gamma; null: none."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+    run: WorkersConfig = Field(default_factory=WorkersConfig)
+    """Actors, GPUs, batch size."""
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """MLflow."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures an adapter, or predictions already made, against a test split, by named protocols."""
+
+    samples: str
+    """Folder written by `prepare`, with the true masks."""
+    out: str
+    """Folder to write results.json, results.md, curves and overlays to."""
+    adapter: str | None = None
+    """Adapter to measure: `tiny`, a folder, `hf:owner/name@revision`, `models:/...` or `runs:/...`."""
+    predictions: str | None = None
+    """Predictions to measure instead: a folder of `predict`, `refine` or `prepare`, a folder ID/PHRASE.png of another
+    system, or a CSV or JSONL list of `id`, `phrase`, `png`."""
+    png_values: Literal["auto", "masks", "scores"] = "auto"
+    """What those PNGs hold; `auto` sees it, and refuses a file that may be either."""
+    base_only: bool = False
+    """Measure the adapter's base without the adapter."""
+    protocol: tuple[Literal["rlfseg", "clipseg", "phrasecut", "refer", "gres", "semseg"], ...] = ("rlfseg",)
+    """What to compute, all in one pass over the predictions; docs/evaluation.md says what each is."""
+    clipseg_side: Literal[352, 384] = 352
+    """For `clipseg`: side of the square in pixels; 352 as CLIPSeg, 384 as LD-ZNet."""
+    present_only: bool = False
+    """For `semseg`: choose among the classes of the picture alone, not among all of the set."""
+    resamples: Natural = 1000
+    """Draws of the bootstrap over images, for 95 % confidence intervals; 0: none."""
+    seed: Natural = 42
+    """Seed of these draws."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """How masks are sampled."""
+    threshold: Fraction | None = None
+    """Score above which a pixel is mask; null: the adapter's own, set by `calibrate`, and 0.5 for predictions."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+    overlays: Natural = 8
+    """Best and worst images to draw, of each."""
+    run: WorkersConfig = Field(default_factory=WorkersConfig)
+    """Actors, GPUs, batch size."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad sample does to the job: stop it, or be counted and skipped."""
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """MLflow."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class PredictConfig:
+    """Masks for phrases on many pictures."""
+
+    images: str
+    """Pictures, Parquet files (`path`, or `image` with bytes) or HDF5 files: a file, a folder, a glob, or one of these
+    at a URL (s3://bucket/folder); or a folder of `prepare`."""
+    out: str
+    """Folder to write Parquet with masks as COCO RLE to, and PNGs and overlays on request."""
+    phrases: tuple[str, ...] = ()
+    """Phrases to ask of every picture; may be empty where each picture brings its own."""
+    phrases_file: str | None = None
+    """A text file with a phrase a line, added to `phrases`."""
+    phrases_column: str = "phrases"
+    """Column of Parquet files with each picture's own phrases: text, or lists of text."""
+    adapter: str = "tiny"
+    """`tiny`, a folder, `hf:owner/name@revision`, `models:/...` or `runs:/...`."""
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    """How masks are sampled."""
+    fast: FastConfig = Field(default_factory=FastConfig)
+    """How masks are computed faster."""
+    threshold: Fraction | None = None
+    """Score above which a pixel is mask; null: the adapter's own."""
+    png: bool = False
+    """Also write each mask as a PNG."""
+    overlays: bool = False
+    """Also write an overlay a picture."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes the GPU where there is one."""
+    run: WorkersConfig = Field(default_factory=WorkersConfig)
+    """Actors, GPUs, batch size."""
+    on_error: Literal["stop", "skip"] = "skip"
+    """What a bad picture does to the job: stop it, or be reported and skipped."""
