@@ -15,12 +15,12 @@ text with a lone surrogate is refused, since neither HDF5 nor Arrow nor a tokeni
     writing.py    files, whole or not at all
     reading.py    one sample at a time, `Reader` for many files
     check.py      what no file is believed: links, filters, sizes
-    preflight.py  files of others, read in a child process first
+    child.py      files of others, read in a child process first
     index.py      a row an image over all shards, Parquet
 """
 
-from rlfseg.hdf5.index import INDEX, INDEX_SCHEMA, build_index, id_hash, list_shards, read_index
-from rlfseg.hdf5.preflight import Seen, preflight
+from rlfseg.hdf5.child import Seen, preflight
+from rlfseg.hdf5.index import INDEX, INDEX_SCHEMA, SUFFIXES, build_index, id_hash, list_shards, read_index
 from rlfseg.hdf5.reading import Reader, iter_ids, read_captions, read_image, read_sample
 from rlfseg.hdf5.samples import Labelled, Sample, check_sample, escape, unescape
 from rlfseg.hdf5.writing import write_shard
@@ -28,6 +28,7 @@ from rlfseg.hdf5.writing import write_shard
 __all__ = [
     "INDEX",
     "INDEX_SCHEMA",
+    "SUFFIXES",
     "Labelled",
     "Reader",
     "Sample",

@@ -41,7 +41,7 @@ def _write(folder: Path, rows: Iterable[dict[str, Any]]) -> pa.Table:
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: id_hash(row["id"])), schema=INDEX_SCHEMA)
     temporary = folder / f".{INDEX}.{uuid.uuid4().hex[:12]}.tmp"
     try:
-        pq.write_table(table, temporary)
+        pq.write_table(table, temporary, write_page_checksum=True)
         if not pq.read_table(temporary).equals(table):
             raise DataError(f"{folder / INDEX}: reads back differently from what was written")
         temporary.replace(folder / INDEX)
@@ -64,7 +64,7 @@ def read_index(folder: Path | str) -> pa.Table:
     """
     path = Path(folder) / INDEX
     try:
-        table = pq.read_table(path)
+        table = pq.read_table(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; `rlfseg prepare` writes it") from None
     except (pa.ArrowException, OSError) as error:

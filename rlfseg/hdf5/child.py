@@ -30,7 +30,7 @@ from rlfseg.hdf5.samples import Sample
 
 SECONDS = 60.0  # to list a file's samples, and to read each of them
 MEMORY = 4 << 30  # bytes of address space beyond what Python itself takes; a sample has at most 1 GiB
-CHILD = "from rlfseg.hdf5.preflight import child; child()"
+CHILD = "from rlfseg.hdf5.child import main; main()"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ def _seen(file: str, sample_id: str, facts: dict[str, Any]) -> Seen:
 # --- in the child ----------------------------------------------------------------------------------------------------
 
 
-def child() -> None:
+def main() -> None:
     """What the child runs: an order on stdin, a line of JSON on stdout for each thing begun and found."""
     order = json.load(sys.stdin)
     _limit_memory(order["memory"])
