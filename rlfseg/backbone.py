@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from cachetools import LRUCache
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
@@ -31,11 +31,18 @@ from rlfseg.errors import ConfigError, ModelError
 
 TIME_SCALE = 1000.0  # the UNet's time embedding was trained on 0..1000; the flow's time runs over 0..1
 TEXT_CACHE = 1024  # phrases; a state of SD's is 236 kB
+TINY_AUTOENCODER = ASSETS / "autoencoder_tiny"
 NEEDED = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer")
 
 
 class Velocity(nn.Module):
-    """v_theta(z_t, t, c): a UNet with the flow's time scaled to its own, in this one place."""
+    """v_theta(z_t, t, c): a UNet with the flow's time scaled to its own, in this one place.
+
+    Attributes:
+        dtype: Type that latents and text are cast to; None: left to autocast, as LoRA beside a bf16 base needs it.
+    """
+
+    dtype: torch.dtype | None = None
 
     def __init__(self, unet: nn.Module):
         super().__init__()
@@ -43,6 +50,8 @@ class Velocity(nn.Module):
 
     def forward(self, z: Float[Tensor, "B C h w"], t: Float[Tensor, " B"], text: Float[Tensor, "B T D"]) -> Tensor:
         """Velocity z1 - z0 as predicted at z_t and t in [0, 1], Float [B, C, h, w]."""
+        if self.dtype is not None:
+            z, text = z.to(self.dtype), text.to(self.dtype)
         velocity: Tensor = self.unet(z, t * TIME_SCALE, encoder_hidden_states=text, return_dict=False)[0]
         return velocity
 
@@ -88,6 +97,7 @@ class Backbone:
         for part in parts:
             part.to(device).eval().requires_grad_(False)
         self.velocity = Velocity(unet)
+        self.tiny: AutoencoderTiny | None = None
         self._text_cache: LRUCache[str, Tensor] = LRUCache(TEXT_CACHE)
         self._black: Tensor | None = None
 
@@ -110,23 +120,59 @@ class Backbone:
         """Pixels a latent cell and side: 8 in SD, 4 in the drawn world."""
         return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
-    @torch.no_grad()
     def encode(self, pixels: Float[Tensor, "B 3 R R"]) -> Float[Tensor, "B C h w"]:
         """Pixels in [-1, 1] -> scaled latents: the posterior's mode, so that latents can be cached."""
+        if self.tiny is None:
+            return self._encode(pixels)
+        with torch.no_grad():
+            # scaled already; the module's own forward would round latents to bytes
+            return self.tiny.encode(pixels.to(self.device, self.dtype)).latents.float()
+
+    @torch.no_grad()
+    def _encode(self, pixels: Tensor) -> Tensor:
         latents: Tensor = self.vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode()
         return latents.float() * float(self.vae.config.scaling_factor)
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 R R"]:
         """Scaled latents -> pixels, about [-1, 1] and not clamped."""
-        scaled = latents.to(self.device, self.dtype) / self.vae.config.scaling_factor
-        pixels: Tensor = self.vae.decode(scaled, return_dict=False)[0]
+        latents = latents.to(self.device, self.dtype)
+        if self.tiny is None:
+            pixels: Tensor = self.vae.decode(latents / self.vae.config.scaling_factor, return_dict=False)[0]
+        else:
+            pixels = self.tiny.decode(latents, return_dict=False)[0]
         return pixels.float()
 
     def black(self) -> Float[Tensor, "1 C h w"]:
-        """z_b of Eq. 6: the latent of a black image, encoded once."""
+        """z_b of Eq. 6: the latent of a black image, encoded once, by the autoencoder of the training latents."""
         if self._black is None:
-            self._black = self.encode(-torch.ones(1, 3, self.resolution, self.resolution))
+            self._black = self._encode(-torch.ones(1, 3, self.resolution, self.resolution))
         return self._black
+
+    def use_tiny(self, reference: str) -> None:
+        """Lets a small AutoencoderTiny encode and decode from now on: an approximation, many times faster.
+
+        Args:
+            reference: `tiny` (shipped, for the drawn world), a folder, or `hf:owner/name@revision`.
+
+        Raises:
+            ModelError: It can't be loaded, or its latents are of another shape than the base's.
+        """
+        folder = TINY_AUTOENCODER if reference == "tiny" else Path(reference)
+        if reference.startswith("hf:"):
+            folder = _download("fast.autoencoder", reference.removeprefix("hf:"), ["config.json", "*model.safetensors"])
+        try:
+            tiny = AutoencoderTiny.from_pretrained(
+                folder, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(f"fast.autoencoder: {folder} can't be loaded as an AutoencoderTiny: {error}") from error
+        theirs = (tiny.config.latent_channels, 2 ** (len(tiny.config.encoder_block_out_channels) - 1))
+        if theirs != (ours := (self.vae.config.latent_channels, self.factor)):
+            raise ModelError(
+                f"fast.autoencoder: {reference} makes latents of {theirs[0]} channels at 1/{theirs[1]} of the side, "
+                f"the base {self.source} has {ours[0]} at 1/{ours[1]}"
+            )
+        self.tiny = tiny.to(self.device).eval().requires_grad_(False)
 
     # --- text ----------------------------------------------------------------------------------------------------
 
@@ -240,17 +286,25 @@ class Backbone:
             raise ModelError(f"{folder}: weights {found.unexpected_keys[:3]} belong to no layer of {self.source}")
 
     def fuse(self) -> None:
-        """Folds the LoRA into the UNet's weights: the same function, without its extra products."""
+        """Makes the UNet ready for inference only: LoRA folded into its weights, all of them in the arithmetic's type.
+
+        The same function, without LoRA's extra products and without autocast's casts before every layer.
+        """
         if isinstance(self.velocity.unet, PeftModel):
             self.velocity.unet = self.velocity.unet.merge_and_unload()
+        self.velocity.to(self.dtype)
+        self.velocity.dtype = self.dtype
+        if self.device != "cpu":
+            for part in (self.velocity, self.vae):
+                part.to(memory_format=torch.channels_last)  # what tensor cores want of convolutions
 
     def trainable(self) -> list[nn.Parameter]:
         """The weights that training changes, as a list: an iterator would be spent by its first reader."""
         return [w for w in self.velocity.parameters() if w.requires_grad]
 
     def autocast(self) -> AbstractContextManager[object]:
-        """bf16 arithmetic where the backbone is bf16, else none."""
-        if self.dtype == torch.bfloat16:
+        """bf16 arithmetic where the backbone is bf16 and the UNet's weights are not all of it, else none."""
+        if self.dtype == torch.bfloat16 and self.velocity.dtype is None:
             return torch.autocast(self.device.split(":")[0], torch.bfloat16)
         return nullcontext()
 
@@ -295,7 +349,8 @@ def resolve_base(reference: str) -> Path:
     if reference == "tiny":
         folder = ASSETS / "base"
     elif reference.startswith("hf:"):
-        folder = _download(reference.removeprefix("hf:"))
+        files = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*model.safetensors"]
+        folder = _download("backbone.base", reference.removeprefix("hf:"), files)
     else:
         folder = Path(reference)
     missing = [name for name in NEEDED if not (folder / name).exists()]
@@ -307,21 +362,17 @@ def resolve_base(reference: str) -> Path:
     return folder
 
 
-def _download(name: str) -> Path:
+def _download(field: str, name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
-        folder = snapshot_download(
-            repository,
-            revision=revision or None,
-            allow_patterns=["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*model.safetensors"],
-        )
+        folder = snapshot_download(repository, revision=revision or None, allow_patterns=files)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
         raise ModelError(
-            f"backbone.base: hf:{name} can't be downloaded and isn't in the cache ({cache}); "
+            f"{field}: hf:{name} can't be downloaded and isn't in the cache ({cache}); "
             f"check the name and the network, or give a local diffusers folder: {error}"
         ) from error
     return Path(folder)

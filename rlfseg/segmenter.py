@@ -3,12 +3,16 @@
 from rlfseg import Segmenter
 results = Segmenter.load("tiny")("picture.jpg", ["red ring", "blue star"])
 results[0].mask     # uint8 {0, 1} [H, W], the picture's own size
+
+A picture is encoded once for all its phrases and a phrase once for all pictures; phrases of many pictures go through
+the UNet together; LoRA is folded into its weights; AOS is part of the step. `FastConfig` has what else can be had.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +23,7 @@ from torch import Tensor
 from rlfseg import adapter, images, sampling
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
-from rlfseg.config import SamplingConfig
+from rlfseg.config import FastConfig, SamplingConfig
 from rlfseg.errors import BadSample
 from rlfseg.results import Result, Square, checked_phrase
 
@@ -34,15 +38,27 @@ class Segmenter:
     Args:
         backbone: With or without an adapter.
         card: Its card.
-        max_batch: Most phrases in one UNet call; bounds memory.
+        max_batch: Most phrases in one UNet call, and pictures in one encoding; bounds memory.
+        compile: Compile both; see `few_shapes`.
     """
 
-    def __init__(self, backbone: Backbone, card: Card, *, max_batch: int = 32):
+    def __init__(self, backbone: Backbone, card: Card, *, max_batch: int = 32, compile: bool = False):
         self.backbone, self.card, self.max_batch = backbone, card, max_batch
+        self._encode: Callable[..., Tensor] | None = None
+        self._step: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._masks
+        if compile:
+            self._encode = few_shapes(backbone.encode, max_batch, backbone.device)
+            self._step = few_shapes(self._masks, max_batch, backbone.device)
 
     @classmethod
     def load(
-        cls, reference: str = "tiny", *, device: str = "auto", dtype: str = "auto", base_only: bool = False
+        cls,
+        reference: str = "tiny",
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        base_only: bool = False,
+        fast: FastConfig | None = None,
     ) -> Segmenter:
         """Loads `tiny` (shipped), a folder, `hf:owner/name@revision`, `models:/name@alias` or `runs:/id/adapter`.
 
@@ -51,6 +67,7 @@ class Segmenter:
             device: `auto`, `cpu` or `cuda`.
             dtype: `auto`, `fp32` or `bf16`.
             base_only: Leave the adapter off.
+            fast: How masks are computed faster.
 
         Returns:
             Ready to call.
@@ -60,7 +77,10 @@ class Segmenter:
         """
         backbone, card = adapter.load(adapter.resolve(reference), device=device, dtype=dtype, base_only=base_only)
         backbone.fuse()  # one adapter is served: its extra products cost time and change nothing
-        return cls(backbone, card)
+        fast = fast or FastConfig()
+        if fast.autoencoder is not None:
+            backbone.use_tiny(fast.autoencoder)
+        return cls(backbone, card, max_batch=fast.max_batch, compile=fast.compile)
 
     def __call__(
         self,
@@ -136,44 +156,82 @@ class Segmenter:
         owners = [i for i, own in enumerate(phrases) for _ in own]
         flat = [p for own in phrases for p in own]
         found: list[list[Square]] = [[] for _ in phrases]
-        for start in range(0, len(flat), self.max_batch):
-            part = slice(start, start + self.max_batch)
-            decoded, gamma, clipped = self._masks(z1[owners[part]], flat[part], config)
-            scores = images.tensor_to_square(decoded)
-            for n, owner in enumerate(owners[part]):
-                caption = flat[start + n]
-                found[owner].append(
-                    Square(
-                        caption=caption,
-                        score=scores[n],
-                        gamma=gamma[n],
-                        clipped=clipped[n],
-                        truncated=self.backbone.too_long(caption),
-                    )
-                )
+        parts = [slice(n, n + self.max_batch) for n in range(0, len(flat), self.max_batch)]
+        z_black = self.backbone.black() if config.rescale == "aos" else None
+        # All are queued on the GPU before the first is looked at
+        done = [self._step(z1[owners[part]], self.backbone.text(flat[part]), z_black, config) for part in parts]
+        for part, (scores, gamma, clipped) in zip(parts, done, strict=True):
+            numbers = zip(gamma.tolist(), clipped.tolist(), strict=True)
+            for owner, caption, score, (g, c) in zip(owners[part], flat[part], scores, numbers, strict=True):
+                long = self.backbone.too_long(caption)
+                found[owner].append(Square(caption=caption, score=score, gamma=g, clipped=c, truncated=long))
         return found
 
     def encode(self, pictures: Sequence[NDArray[np.uint8]]) -> Float[Tensor, "I C h w"]:
         """Latents z1 of pictures of any sizes."""
-        pixels = torch.stack([images.image_to_tensor(p, self.backbone.resolution) for p in pictures])
-        return self.backbone.encode(pixels)
+        return self.encode_squares(torch.stack([images.image_to_tensor(p, self.backbone.resolution) for p in pictures]))
+
+    def encode_squares(self, pixels: Float[Tensor, "I 3 R R"]) -> Float[Tensor, "I C h w"]:
+        """Latents z1 of pictures that are in the network's frame already."""
+        encode = self._encode or self.backbone.encode
+        return torch.cat([encode(part.to(self.backbone.device)) for part in pixels.split(self.max_batch)])
 
     @torch.no_grad()
-    def _masks(self, z1: Tensor, phrases: list[str], config: SamplingConfig) -> tuple[Tensor, list[float], list[bool]]:
+    def _masks(
+        self, z1: Tensor, text: Tensor, z_black: Tensor | None, config: SamplingConfig
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole way from latents to scores [B, R, R], gamma and clipped [B]: one graph where it is compiled."""
         calibrated = self.card.eps_hss if config.rescale == "hss" else self.card.eps_aos
         with self.backbone.autocast():
             latents = sampling.sample(
                 self.backbone.velocity,
                 z1,
-                self.backbone.text(phrases),
+                text,
                 steps=config.steps,
                 rescale=config.rescale,
                 eps=calibrated if config.eps is None else config.eps,
                 gamma_max=config.gamma_max,
                 hss_steps=config.hss_steps,
-                z_black=self.backbone.black() if config.rescale == "aos" else None,
+                z_black=z_black,
             )
-        return self.backbone.decode(latents.z0), latents.gamma.tolist(), latents.clipped.tolist()
+        return images.tensor_to_square(self.backbone.decode(latents.z0)), latents.gamma, latents.clipped
+
+    def warm_up(self, *, sampling: SamplingConfig | None = None) -> None:
+        """Runs every size of batch once, so that nobody waits for a compilation later."""
+        side = self.backbone.resolution
+        for n in {min(2**k, self.max_batch) for k in range(self.max_batch.bit_length() + 1)}:
+            z1 = self.encode_squares(torch.zeros(n, 3, side, side))
+            self.squares(z1[:1], [["warm-up"] * n], sampling=sampling)
+
+
+def few_shapes(function: Callable[..., Any], most: int, device: str) -> Callable[..., Any]:
+    """A function of batches, compiled, whose batches are padded to the next power of two: few shapes, few compilations.
+
+    Args:
+        function: Takes tensors and settings; tensors of more than one row are batches of the same length, and so is
+            every result.
+        most: Largest batch.
+        device: On `cuda` the compiled function becomes CUDA graphs.
+
+    Returns:
+        A function with the same results, in memory of their own.
+    """
+    fast = torch.compile(function, dynamic=False, mode="default" if device == "cpu" else "reduce-overhead")
+
+    def call(batch: Tensor, *others: Any) -> Any:
+        n = len(batch)
+        size = min(1 << (n - 1).bit_length(), most)
+
+        def padded(x: Any) -> Any:
+            is_batch = isinstance(x, Tensor) and len(x) == n
+            return torch.cat([x, x[-1:].expand(size - n, *x.shape[1:])]) if is_batch else x
+
+        torch.compiler.cudagraph_mark_step_begin()
+        done = fast(*map(padded, (batch, *others)))
+        # A CUDA graph writes each call's results to the same place
+        return done[:n].clone() if isinstance(done, Tensor) else tuple(x[:n].clone() for x in done)
+
+    return call
 
 
 def to_array(image: Picture) -> NDArray[np.uint8]:

@@ -1,22 +1,35 @@
-"""Predict: masks for phrases on many pictures; batches are filled across pictures and phrases, sizes mixed freely."""
+"""Predict: masks for phrases on many pictures; batches are filled across pictures and phrases, sizes mixed freely.
+
+    load    CPU tasks    reads, decodes and stretches a picture to the network's square
+    work    actors       the networks alone, on squares
+    finish  CPU tasks    scores at the picture's own size, mask, RLE, PNGs and overlays
+
+The three run at the same time on different pictures: a GPU waits neither for a disk nor for a drawing.
+"""
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
 
-from rlfseg import adapter, draw, images
-from rlfseg.config import PredictConfig, SamplingConfig, as_dict
-from rlfseg.errors import BadSample, ConfigError, DataError
-from rlfseg.pipeline.folders import file_name, read_table, write_json
-from rlfseg.pipeline.rows import OK, Row, Rows, refused
-from rlfseg.pipeline.samples import LoadSample, open_samples
+from rlfseg import adapter, images
+from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, as_dict
+from rlfseg.errors import BadSample, ConfigError
+from rlfseg.pipeline.folders import file_name, write_json
+from rlfseg.pipeline.pictures import Asked, find
+from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
-from rlfseg.segmenter import Result, Segmenter, checked_phrase
+from rlfseg.results import Result, Square, checked_phrase
+
+if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks need no networks
+    from collections.abc import Callable
+
+    from rlfseg.segmenter import Segmenter
 
 SCHEMA = pa.schema(
     [
@@ -32,8 +45,6 @@ SCHEMA = pa.schema(
     ]
 )
 
-ASKED = pa.schema([("path", pa.string()), ("phrases", pa.list_(pa.string()))])
-
 
 def run(config: PredictConfig) -> Summary:
     """Segments every picture of `config.images`.
@@ -47,52 +58,93 @@ def run(config: PredictConfig) -> Summary:
     Raises:
         BadSample: A picture can't be decoded and `on_error` is `stop`.
         ConfigError: There are no pictures, or a picture has no phrases.
+        DataError: A list of pictures is damaged, or a server can't be reached.
         ModelError: The adapter can't be loaded.
     """
-    out = Path(config.out).absolute()
-    folder = adapter.resolve(config.adapter)
-    rows, load = _plan(config, _phrases(config))
-    settings = as_dict(config)
+    out, phrases = Path(config.out).absolute(), _phrases(config)
+    folder = adapter.resolve(config.adapter).absolute()
+    card = adapter.read_card(folder)
     connect()
+    pictures = find(config.images, phrases, config.phrases_column)
+    settings = as_dict(config)
     return run_stage(
         Stage(
             name="predict",
-            rows=rows,
-            load=load,
+            rows=pictures.rows,
+            load=Load(pictures.read, card.resolution, keep=config.overlays),
             work=Predictor,
             kwargs={
-                "reference": str(folder.absolute()),
+                "reference": str(folder),
                 "device": config.device,
+                "fast": config.fast,
                 "sampling": config.sampling,
-                "threshold": config.threshold,
-                "png": out / "png" if config.png else None,
-                "overlays": out / "overlays" if config.overlays else None,
             },
+            finish=Finish(
+                card.threshold if config.threshold is None else config.threshold,
+                png=out / "png" if config.png else None,
+                overlays=out / "overlays" if config.overlays else None,
+            ),
             schema=SCHEMA,
             out=out,
             run=config.run,
             gpus=gpus_per_worker(config.run, config.device),
-            identity={
-                k: settings[k]
-                for k in ("images", "phrases", "phrases_file", "sampling", "threshold", "png", "overlays")
-            }
-            | {"adapter": adapter.version(folder)},
+            identity={k: settings[k] for k in ("images", "sampling", "threshold", "png", "overlays")}
+            | {"phrases": phrases, "pictures": pictures.fingerprint, "adapter": adapter.version(folder)}
+            | {"autoencoder": config.fast.autoencoder},
             on_error=config.on_error,
             finalize=partial(_report, out),
         )
     )
 
 
+def _phrases(config: PredictConfig) -> list[str]:
+    try:
+        lines = Path(config.phrases_file).read_text(encoding="utf-8").splitlines() if config.phrases_file else []
+        return [checked_phrase(p) for p in (*config.phrases, *(line for line in lines if line.strip()))]
+    except BadSample as error:
+        raise ConfigError(str(error)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"phrases_file: {config.phrases_file} can't be read: {error}") from error
+
+
+class Load:
+    """Index row -> a picture in the network's frame, its size and its phrases.
+
+    Args:
+        read: Index row -> picture and phrases.
+        resolution: Side of the network's square.
+        keep: Hand the picture on, for those who draw on it.
+    """
+
+    def __init__(self, read: Callable[[Row], Asked], resolution: int, *, keep: bool = False):
+        self.read, self.resolution, self.keep = read, resolution, keep
+
+    def __call__(self, row: Row) -> Row:
+        """Reads one picture.
+
+        Args:
+            row: An index row.
+
+        Returns:
+            `id`, `captions`, `size` (H, W), `square` float32 [3, R, R], and `image` uint8 [H, W, 3] to be kept.
+
+        Raises:
+            BadSample: It can't be decoded.
+        """
+        image, captions = self.read(row)
+        square = images.image_to_tensor(image, self.resolution).numpy()
+        loaded = {"id": row["id"], "captions": captions, "size": image.shape[:2], "square": square}
+        return loaded | ({"image": image} if self.keep else {})
+
+
 class Predictor:
-    """The per-batch work: holds one segmenter.
+    """The networks: holds one segmenter.
 
     Args:
         reference: Adapter folder.
         device: `auto`, `cpu` or `cuda`.
+        fast: How masks are computed faster.
         sampling: How masks are sampled.
-        threshold: Score above which a pixel is mask; None: the adapter's own.
-        png: Folder for a PNG a mask; None: none.
-        overlays: Folder for an overlay a picture; None: none.
         segmenter: A loaded one, instead of `reference`.
     """
 
@@ -101,35 +153,61 @@ class Predictor:
         reference: str = "tiny",
         *,
         device: str = "auto",
+        fast: FastConfig | None = None,
         sampling: SamplingConfig | None = None,
-        threshold: float | None = None,
-        png: Path | None = None,
-        overlays: Path | None = None,
         segmenter: Segmenter | None = None,
     ):
-        self.segmenter = segmenter or Segmenter.load(reference, device=device)
-        self.sampling, self.threshold, self.png, self.overlays = sampling, threshold, png, overlays
+        if segmenter is None:
+            from rlfseg.segmenter import Segmenter
+
+            segmenter = Segmenter.load(reference, device=device, fast=fast)
+        self.segmenter, self.sampling = segmenter, sampling
 
     def __call__(self, rows: Rows) -> Rows:
-        """Rows `id`, `image`, `captions` in; columns of SCHEMA out."""
-        results = self.segmenter.segment(
-            [r["image"] for r in rows],
-            [r["captions"] for r in rows],
-            sampling=self.sampling,
-            threshold=self.threshold,
-        )
-        return [self._row(row, own) for row, own in zip(rows, results, strict=True)]
+        """Rows of `Load` in; the same with `squares`, a Square a phrase, instead of `square` out."""
+        import torch
 
-    def _row(self, row: Row, results: list[Result]) -> Row:
+        z1 = self.segmenter.encode_squares(torch.from_numpy(np.stack([row.pop("square") for row in rows])))
+        found = self.segmenter.squares(z1, [row["captions"] for row in rows], sampling=self.sampling)
+        # A slice of the batch's scores would be sent with all of them
+        own = [[replace(s, score=s.score.cpu().clone()) for s in squares] for squares in found]
+        return [row | {"status": OK, "squares": squares} for row, squares in zip(rows, own, strict=True)]
+
+
+class Finish:
+    """Squares -> masks at the picture's own size, and what is drawn of them.
+
+    Args:
+        threshold: Score above which a pixel is mask.
+        png: Folder for a PNG a mask; None: none.
+        overlays: Folder for an overlay a picture; None: none.
+    """
+
+    def __init__(self, threshold: float, *, png: Path | None = None, overlays: Path | None = None):
+        self.threshold, self.png, self.overlays = threshold, png, overlays
+
+    def __call__(self, row: Row) -> Row:
+        """Finishes one picture.
+
+        Args:
+            row: As `Predictor` gives it.
+
+        Returns:
+            Columns of SCHEMA.
+
+        Raises:
+            BadSample: The network gave NaN for every phrase.
+        """
+        squares: list[Square] = row["squares"]
+        results = [square.at(row["size"], self.threshold) for square in squares]
         if results and all(r.failed for r in results):
-            return refused(row, "the network gave NaN for every phrase")
+            raise BadSample("the network gave NaN for every phrase", file="predict", sample=row["id"])
         masks = [None if r.failed else r.mask for r in results]
         self._draw(row, results)
         return {
             "id": row["id"],
-            "status": OK,
-            "height": row["image"].shape[0],
-            "width": row["image"].shape[1],
+            "height": row["size"][0],
+            "width": row["size"][1],
             "captions": [r.caption for r in results],
             "masks": [None if m is None else images.rle_encode(m) for m in masks],
             "scores": [None if r.failed else r.confidence for r in results],
@@ -138,16 +216,20 @@ class Predictor:
         }
 
     def _draw(self, row: Row, results: list[Result]) -> None:
-        name, good = file_name(row["id"]), [r for r in results if not r.failed]
+        if self.png is None and self.overlays is None:
+            return
+        from rlfseg import draw
+
+        name, good = file_name(row["id"]), [(n, r) for n, r in enumerate(results) if not r.failed]
         if self.png is not None:
-            for n, r in enumerate(good):
+            for n, r in good:
                 draw.save(self.png / name / f"{n:02d}-{file_name(r.caption)}.png", r.mask * 255)
         if self.overlays is not None:
             picture = draw.overlay(
                 row["image"],
-                [r.mask for r in good],
-                [r.caption for r in good],
-                notes=[f"{r.confidence:.2f}" for r in good],
+                [r.mask for _, r in good],
+                [r.caption for _, r in good],
+                notes=[f"{r.confidence:.2f}" for _, r in good],
             )
             draw.save(self.overlays / f"{name}.png", picture)
 
@@ -156,102 +238,6 @@ def _outcome(result: Result) -> str:
     if result.failed:
         return "failed: the network gave NaN"
     return "ok: the phrase is longer than the text encoder takes and was cut" if result.truncated else OK
-
-
-# --- what to work on -------------------------------------------------------------------------------------------------
-
-
-def _phrases(config: PredictConfig) -> list[str]:
-    lines = Path(config.phrases_file).read_text(encoding="utf-8").splitlines() if config.phrases_file else []
-    try:
-        return [checked_phrase(p) for p in (*config.phrases, *(line for line in lines if line.strip()))]
-    except BadSample as error:
-        raise ConfigError(str(error)) from error
-
-
-def _plan(config: PredictConfig, phrases: list[str]) -> tuple[pa.Table, Callable[[Row], Row]]:
-    """Index rows and how to load one."""
-    source = Path(config.images)
-    if (source / "_STARTED.json").is_file():
-        samples = open_samples(source)
-        return samples.rows, LoadPrepared(samples.folder, phrases)
-    if source.suffix == ".parquet" and source.is_file():
-        asked = {path: [*own, *phrases] for path, own in _listed(source).items()}
-    else:
-        asked = {str(p.absolute()): phrases for p in _files(config.images)}
-    if not asked:
-        raise ConfigError(
-            f"images: {config.images} names no picture; give a picture, a folder, a glob or a Parquet file"
-        )
-    silent = next((path for path, own in asked.items() if not own), None)
-    if silent is not None:
-        raise ConfigError(f"phrases: empty, and {silent} brings none of its own; give e.g. --phrases '[\"red ring\"]'")
-    return pa.table({"id": list(asked), "captions": list(asked.values())}), load_picture
-
-
-def _listed(source: Path) -> dict[str, list[str]]:
-    """Pictures and their phrases in a Parquet file with the columns `path` and `phrases`; DataError names a bad row."""
-    try:
-        table = read_table(source, ["path", "phrases"]).cast(ASKED)
-    except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"images: {source}: needs `path`, text, and `phrases`, lists of text ({error})") from error
-    asked: dict[str, list[str]] = {}
-    for n, row in enumerate(table.to_pylist()):
-        path = str(Path(row["path"] or "").absolute())
-        if not row["path"] or "\0" in path:
-            raise DataError(f"images: {source}, row {n}: {row['path']!a} is no path")
-        try:
-            asked.setdefault(path, []).extend(checked_phrase(p or "") for p in row["phrases"] or ())
-        except BadSample as error:
-            raise DataError(f"images: {source}, row {n}: {error.reason}") from error
-    return asked
-
-
-def _files(pattern: str) -> list[Path]:
-    path = Path(pattern)
-    if path.is_dir():
-        return images.list_images(path)
-    if path.is_file():
-        return [path]
-    return sorted(Path(p) for p in glob.glob(pattern, recursive=True))
-
-
-def load_picture(row: Row) -> Row:
-    """Decodes the picture at the path that is the row's id.
-
-    Args:
-        row: An index row.
-
-    Returns:
-        The row with `image`, uint8 RGB [H, W, 3].
-
-    Raises:
-        BadSample: It can't be decoded.
-    """
-    return row | {"image": images.load_image(row["id"], name=row["id"])}
-
-
-class LoadPrepared:
-    """Loads pictures of a folder of `prepare`; their own captions are asked where no phrases are given."""
-
-    def __init__(self, folder: Path, phrases: list[str]):
-        self.load, self.phrases = LoadSample(folder), phrases
-
-    def __call__(self, row: Row) -> Row:
-        """Reads one sample.
-
-        Args:
-            row: An index row.
-
-        Returns:
-            The row with pixels.
-
-        Raises:
-            BadSample: It is damaged, or a phrase of it is empty.
-        """
-        loaded = self.load(row)
-        captions = self.phrases or [checked_phrase(c) for c in loaded["captions"]]
-        return {"id": row["id"], "image": loaded["image"], "captions": captions}
 
 
 def _report(out: Path, counts: Row) -> Row:

@@ -14,33 +14,40 @@ from rich.text import Text
 
 
 class _Speed(ProgressColumn):
+    def __init__(self, unit: str):
+        super().__init__()
+        self.unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.1f} {self.unit}/s" if speed else "")
 
 
 class Progress:
-    """Shows how far a job is, once a second; silent where the output is no terminal.
+    """Shows how far a job is, how fast, and how long it will still take, once a second; silent where the output is no
+    terminal.
 
     Args:
         name: What is going on.
         total: Rows in all.
-        count: Rows done so far.
+        count: Rows done so far; what is done at the start counts for no speed.
+        unit: What a row is, in the plural.
         every: Seconds between two looks.
-    """
+    """  # noqa: D205  two lines say it all
 
-    def __init__(self, name: str, *, total: int, count: Callable[[], int], every: float = 1.0):
+    def __init__(self, name: str, *, total: int, count: Callable[[], int], unit: str = "images", every: float = 1.0):
         self.count, self.every, self.stopped = count, every, threading.Event()
         console = Console(file=sys.stderr)
         self.bar = Bar(
             TextColumn("{task.description:10}"),
             BarColumn(),
             MofNCompleteColumn(),
-            _Speed(),
-            TimeRemainingColumn(),
+            _Speed(unit),
+            TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(name, total=total)
+        self.task = self.bar.add_task(name, total=total, completed=count())
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:

@@ -1,10 +1,10 @@
 """What the map stages share: a plain class becomes a Ray Data pipeline in which every row is accounted for.
 
-    index rows (id, ...)  ->  load on CPU  ->  work in actors, on GPUs where there are some  ->  Parquet, a row an id
+    index rows  ->  load on CPU  ->  work in actors, on GPUs where there are some  ->  finish on CPU  ->  Parquet
 
-Resume is Ray Data's own checkpointing by id. A bad sample is a row with a status, never an exception, which would cost
-its whole block. A sample that kills its process is tried alone and refused after two deaths. Nothing counts as finished
-before rows in = rows out + rows refused.
+All of them run at the same time on different rows. Resume is Ray Data's own checkpointing by id. A bad sample is a row
+with a status, never an exception, which would cost its whole block. A sample that kills its process, in any of the
+steps, is tried alone and refused after two deaths. Nothing counts as finished before rows in = rows out + rows refused.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -31,9 +33,9 @@ from rlfseg.config import WorkersConfig
 from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
 from rlfseg.pipeline.folders import begin, finish, require_finished
 from rlfseg.pipeline.progress import Progress
-from rlfseg.pipeline.rows import OK, Attempts, Row, Rows, Work, refused
+from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work
 
-MOVED = pa.schema([("id", pa.string()), ("packed", pa.binary()), ("error", pa.string())])
+MOVED = pa.schema([("id", pa.string()), ("status", pa.string()), ("packed", pa.binary())])  # rows between two steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +48,8 @@ class Stage:
         load: Picklable, index row -> row with pixels; raises BadSample. Runs in CPU tasks.
         work: Class or factory of the per-item work; called inside each actor with `kwargs`.
         kwargs: Its arguments, picklable.
+        finish: Picklable, a row as the work left it -> columns of `schema`; raises BadSample. Runs in CPU tasks, for
+            which no GPU waits; None: the work gives these columns.
         schema: Columns of the output; `id` and `status` come first.
         out: Folder to write.
         run: Actors, batch size and so on.
@@ -64,6 +68,7 @@ class Stage:
     run: WorkersConfig
     identity: Row
     kwargs: Row = field(default_factory=dict)
+    finish: Callable[[Row], Row] | None = None
     gpus: float = 0
     on_error: str = "stop"
     finalize: Callable[[Row], Row] = lambda counts: counts
@@ -71,7 +76,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """How a stage ended: rows in = rows out + rows refused."""
+    """How a stage ended: rows in = rows out + rows refused; `where` it ran; `notes` that the user should read."""
 
     name: str
     out: str
@@ -80,7 +85,9 @@ class Summary:
     refused: dict[str, str]
     seconds: float
     resumed: int = 0
+    where: str = ""
     figures: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 # --- Ray -----------------------------------------------------------------------------------------------------------
@@ -100,10 +107,32 @@ def connect() -> None:
 
 
 def gpus_per_worker(run: WorkersConfig, device: str) -> float:
-    """GPUs that a worker reserves: as told, else 1 where the cluster has any and the device may be one."""
+    """GPUs that a worker reserves: as told, else 1 where the cluster has any and the device may be one.
+
+    Args:
+        run: Settings of the workers.
+        device: `auto`, `cpu` or `cuda`.
+
+    Returns:
+        A number of GPUs; 0 where the work runs on the CPU.
+
+    Raises:
+        ResourceError: `cuda` is asked for, and this Ray has no GPU or is told to give none.
+    """
+    have = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and (not have or run.gpus == 0):
+        raise ResourceError(
+            f"device: cuda is asked for, this Ray has {have:g} GPUs and run.gpus is {run.gpus}: a worker would see none"
+        )
     if run.gpus is not None:
         return run.gpus
-    return 1.0 if device != "cpu" and ray.cluster_resources().get("GPU", 0) > 0 else 0.0
+    return 1.0 if device != "cpu" and have else 0.0
+
+
+def cpus_needed(run: WorkersConfig, finish: bool = False) -> float:
+    """Logical CPUs that a stage takes at once; `finish`: whether it has a step after the work."""
+    # a reader, a writer, and the filter that drops finished ids on resume take one each
+    return run.workers * run.cpus + run.loaders * (2 if finish else 1) + 3
 
 
 def check_budget(name: str, cpus: float, gpus: float) -> None:
@@ -147,16 +176,16 @@ def run_stage(stage: Stage) -> Summary:
         done = require_finished(stage.out)
         return _summary(stage, done, 0.0, resumed=done["rows_in"])
     connect()
-    # a reader, a writer, and the filter that drops finished ids on resume take a CPU each
-    check_budget(stage.name, stage.run.workers * stage.run.cpus + stage.run.loaders + 3, stage.run.workers * stage.gpus)
-    data = stage.out / "data"
-    before = _committed(data)
-    with Progress(stage.name, total=stage.rows.num_rows, count=lambda: _committed(data)):
+    check_budget(stage.name, cpus_needed(stage.run, bool(stage.finish)), stage.run.workers * stage.gpus)
+    data, count = stage.out / "data", Committed(stage.out)
+    before = count()
+    with Progress(stage.name, total=stage.rows.num_rows, count=count):
         try:
-            _pipeline(stage).write_parquet(str(data))
+            _pipeline(stage).write_parquet(str(data), write_page_checksum=True)  # for `verify`
         except Exception as error:  # noqa: BLE001 -- raised again: Ray wraps ours in its own; the user must see the cause
             raise our_cause(error) or error from None
     counts = stage.finalize(_account(stage))
+    shutil.rmtree(stage.out / "_attempts", ignore_errors=True)
     finish(stage.out, stage.identity, counts)
     return _summary(stage, counts, time.monotonic() - start, resumed=before)
 
@@ -168,32 +197,37 @@ def _pipeline(stage: Stage) -> Dataset:
     ds.context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(stage.out / "_checkpoint"), delete_checkpoint_on_success=False
     )
-    ds = ds.map_batches(
-        _Load(stage.load),
-        batch_size=run.batch_size,
-        batch_format="pyarrow",
-        compute=TaskPoolStrategy(size=run.loaders),
-        memory=run.memory_gb * 2**30,  # also keeps this stage from being fused into the actors
-    )
-    threads = max(1, (os.cpu_count() or 1) // run.workers)
-    worked: Dataset = ds.map_batches(
-        _Worker,
-        fn_constructor_kwargs={
+
+    def step(name: str, last: bool) -> Row:
+        return {
             "stage": stage.name,
+            "notes": stage.out / "_attempts" / name,
+            "schema": stage.schema if last else None,
+            "stop": stage.on_error == "stop",
+        }
+
+    batches: Any = {"batch_size": run.batch_size, "batch_format": "pyarrow"}
+    on_cpu = batches | {
+        "compute": TaskPoolStrategy(size=run.loaders),
+        "memory": run.memory_gb * 2**30,  # also keeps the step from being fused into the actors
+    }
+    ds = ds.map_batches(Step(RowByRow(stage.load), **step("load", last=False)), **on_cpu)
+    ds = ds.map_batches(
+        _Actor,
+        fn_constructor_kwargs={
             "make": stage.work,
             "kwargs": stage.kwargs,
-            "schema": stage.schema,
-            "attempts": stage.out / "_attempts",
-            "stop": stage.on_error == "stop",
-            "threads": threads,
+            "threads": max(1, (os.cpu_count() or 1) // run.workers),
+            "step": step("work", last=stage.finish is None),
         },
-        batch_size=run.batch_size,
-        batch_format="pyarrow",
         compute=ActorPoolStrategy(size=run.workers),
         num_cpus=run.cpus,
         num_gpus=stage.gpus or None,
+        **batches,
     )
-    return worked
+    if stage.finish is not None:
+        ds = ds.map_batches(Step(RowByRow(stage.finish), **step("finish", last=True)), **on_cpu)
+    return ds
 
 
 class IndexDatasource(Datasource):
@@ -223,52 +257,56 @@ class IndexDatasource(Datasource):
         ]
 
 
-class _Load:
-    """Reads pixels; what can't be read becomes a row with an error."""
+class Step:
+    """What runs on a batch of rows in one process: unpacks them, does the work, keeps the books, packs them again.
 
-    def __init__(self, load: Callable[[Row], Row]):
-        self.load = load
+    Args:
+        work: The per-item work.
+        stage: For messages.
+        notes: Folder of the notes on what is being worked on.
+        schema: Columns to write; None: rows go on to another step.
+        stop: Whether a refused row ends the job.
+    """
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._row(row) for row in table.to_pylist()], schema=MOVED)
-
-    def _row(self, row: Row) -> Row:
-        try:
-            # Written and read by this job alone, inside Ray's object store
-            return {"id": row["id"], "packed": pickle.dumps(self.load(row), protocol=5), "error": None}
-        except BadSample as error:
-            return {"id": row["id"], "packed": None, "error": str(error)}
-
-
-class _Worker:
-    """An actor: holds the work, keeps the books."""
-
-    def __init__(
-        self,
-        stage: str,
-        make: Callable[..., Work],
-        kwargs: Row,
-        schema: pa.Schema,
-        attempts: Path,
-        stop: bool,
-        threads: int,
-    ):
-        import torch
-
-        torch.set_num_threads(threads)  # Ray allows one, whatever the node has
-        self.stage, self.schema, self.stop = stage, schema, stop
-        self.attempts = Attempts(attempts)
-        self.work = make(**kwargs)
+    def __init__(self, work: Work, *, stage: str, notes: Path, schema: pa.Schema | None, stop: bool):
+        self.work, self.stage, self.schema, self.stop = work, stage, schema, stop
+        self.attempts = Attempts(notes)
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        moved = table.to_pylist()
-        rows = [pickle.loads(m["packed"]) for m in moved if m["error"] is None]  # noqa: S301  packed by _Load
-        done = [refused(m, m["error"]) for m in moved if m["error"] is not None] + self.attempts.guard(self.work, rows)
-        check_rows(self.stage, [m["id"] for m in moved], done)
-        bad = [row for row in done if row["status"] != OK]
+        """Index rows or packed rows in; packed rows or columns of `schema` out, in another order."""
+        rows = [_unpack(row) for row in table.to_pylist()]
+        waiting = [row for row in rows if row.get("status", OK) == OK]
+        done = [row for row in rows if row.get("status", OK) != OK] + self.attempts.guard(self.work, waiting)
+        check_rows(self.stage, [row["id"] for row in rows], done)
+        bad = next((row for row in done if row["status"] != OK), None)
         if bad and self.stop:
-            raise BadSample(bad[0]["status"].removeprefix("refused: "), file=self.stage, sample=bad[0]["id"])
-        return pa.Table.from_pylist(done, schema=self.schema)
+            raise BadSample(bad["status"].removeprefix("refused: "), file=self.stage, sample=bad["id"])
+        if self.schema is not None:
+            return pa.Table.from_pylist(done, schema=self.schema)
+        return pa.Table.from_pylist([_pack(row) for row in done], schema=MOVED)
+
+
+def _pack(row: Row) -> Row:
+    return {"id": row["id"], "status": row["status"], "packed": pickle.dumps(row, protocol=5)}
+
+
+def _unpack(row: Row) -> Row:
+    if "packed" not in row:
+        return row
+    # written by this very job and handed over inside of Ray's object store
+    return dict(pickle.loads(row["packed"]))  # noqa: S301
+
+
+class _Actor:
+    """Holds the work; made inside the process that runs it, so that nothing of a GPU is ever sent."""
+
+    def __init__(self, make: Callable[..., Work], kwargs: Row, threads: int, step: Row):
+        self.step = Step(make(**kwargs), **step)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(threads)  # Ray allows one, whatever the node has
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return self.step(table)
 
 
 def check_rows(stage: str, ids: Sequence[str], rows: Rows) -> None:
@@ -287,14 +325,22 @@ def our_cause(error: BaseException | None) -> RlfsegError | None:
     return None
 
 
-def _committed(data: Path) -> int:
-    total = 0
-    for path in data.glob("*.parquet"):
-        try:
-            total += pq.read_metadata(path).num_rows
-        except (OSError, pa.ArrowInvalid):
-            continue  # being written
-    return total
+class Committed:
+    """Rows of a stage that no kill can take back, as Ray Data's checkpoint tells; each file is looked into once.
+
+    Args:
+        out: Folder of the stage.
+    """
+
+    def __init__(self, out: Path):
+        self.checkpoint, self.rows = out / "_checkpoint", dict[str, int]()
+
+    def __call__(self) -> int:
+        """Their number now."""
+        for path in self.checkpoint.glob("*.parquet"):
+            if path.name not in self.rows and not path.name.endswith(".pending.parquet"):
+                self.rows[path.name] = pq.read_metadata(path).num_rows
+        return sum(self.rows.values())
 
 
 def _account(stage: Stage) -> Row:
@@ -321,4 +367,5 @@ def _summary(stage: Stage, counts: Row, seconds: float, resumed: int) -> Summary
         refused=counts["refused"],
         seconds=seconds,
         resumed=resumed,
+        where=f"{stage.run.workers * stage.gpus:g} GPUs" if stage.gpus else "CPU",
     )
