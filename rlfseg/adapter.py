@@ -103,8 +103,8 @@ def read_card(folder: Path) -> Card:
     if not path.is_file():
         raise ModelError(f"{folder} is no adapter: {CARD} is missing")
     try:
-        return TypeAdapter(Card).validate_python(yaml.safe_load(path.read_text()))
-    except (ValidationError, yaml.YAMLError) as error:
+        return TypeAdapter(Card).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (ValidationError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: {error}") from error
 
 

@@ -223,6 +223,12 @@ def shared(train: Looks, test: Looks, *, distance: int, similarity: float) -> li
     return pairs
 
 
+def similarities(ours: NDArray[np.uint8], theirs: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Correlation of every thumbnail with every other: uint8 [n, 1024] and [m, 1024] to float32 [n, m]."""
+    products: NDArray[np.float32] = _standardised(ours) @ _standardised(theirs).T
+    return products
+
+
 def _standardised(thumbnails: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Rows of mean 0 and length 1, so that a product is a correlation; zeros for a flat picture."""
     values = thumbnails.astype(np.float32)

@@ -33,7 +33,18 @@ SUFFIXES = frozenset(
 # Only plain raster formats. Pillow would also hand EPS to Ghostscript, which runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # What Pillow's decoders raise on damaged bytes; it has no error class of its own for that.
-DAMAGED = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, struct.error, zlib.error)
+DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    LookupError,
+    TypeError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+)
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 

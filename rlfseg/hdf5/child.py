@@ -190,5 +190,7 @@ def _time(seconds: float) -> Iterator[None]:
 
 def _limit_memory(memory: int) -> None:
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (taken + memory, taken + memory))
+    most = resource.getrlimit(resource.RLIMIT_AS)[1]  # a container may allow less
+    limit = taken + memory if most == resource.RLIM_INFINITY else min(taken + memory, most)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
