@@ -6,7 +6,7 @@ import importlib
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
@@ -28,6 +28,7 @@ class Command:
     goes_in: str
     comes_out: str
     example: str
+    positional: dict[str, str] = field(default_factory=dict)  # settings given without their name, and what they are
 
 
 COMMANDS: dict[str, Command] = {
@@ -89,6 +90,53 @@ COMMANDS: dict[str, Command] = {
         comes_out="OUT/data/*.parquet (COCO RLE), OUT/png, OUT/overlays, OUT/refused.json",
         example="rlfseg predict --images photos --phrases '[dog, red car]' --overlays true --out runs/masks",
     ),
+    "inspect": Command(
+        settings=config.InspectConfig,
+        module="rlfseg.pipeline.inspect",
+        what="show what is in files of samples: counts, sizes, captions, masks, problems, a contact sheet",
+        goes_in="HDF5 files or folders of some, of any origin",
+        comes_out="a table, OUT/contents.json, OUT/contact_sheet.png",
+        example="rlfseg inspect runs/a/train their_phrasecut.h5 --out runs/look",
+        positional={"files": "HDF5 files, or folders that hold some"},
+    ),
+    "verify": Command(
+        settings=config.VerifyConfig,
+        module="rlfseg.pipeline.verify",
+        what="read everything in files and folders, and fail at the first damage",
+        goes_in="HDF5 files, pictures, lists of phrases, Parquet files, adapters, folders of any command",
+        comes_out="exit code 0 if all is whole, else 1 and what is damaged",
+        example="rlfseg verify runs/a/train runs/a/refined runs/a/latents runs/a/train-1",
+        positional={"files": "files and folders, see above"},
+    ),
+    "audit": Command(
+        settings=config.AuditConfig,
+        module="rlfseg.pipeline.audit",
+        what="find the images that two sets share, by COCO ids and by perceptual hashes",
+        goes_in="two folders of `prepare`, or of pictures",
+        comes_out="OUT/audit.json, OUT/exclude_ids.txt for `prepare --exclude_ids`, OUT/pairs.png",
+        example="rlfseg audit runs/a/train runs/a/test --run.workers 8 --out runs/a/audit",
+        positional={
+            "train": "folder of `prepare` or of pictures: the set whose images are to be excluded",
+            "test": "the same: the set that should hold none of them",
+        },
+    ),
+    "serve": Command(
+        settings=config.ServeConfig,
+        module="serve.app",
+        what="serve models over HTTP on one machine",
+        goes_in="adapters by name",
+        comes_out="a page and an API on http://127.0.0.1:8000; docs/serving.md tells how to open it to others safely",
+        example="rlfseg serve --models.photos runs/a/train-1/adapter",
+    ),
+    "segment": Command(
+        settings=config.SegmentConfig,
+        module="rlfseg.ask",
+        what="segment one picture by phrases, here or by a service",
+        goes_in="a picture and phrases",
+        comes_out="OUT/NAME-00.png, -01.png ... a phrase each, OUT/NAME-overlay.png",
+        example="rlfseg segment picture.jpg 'red ring' 'blue star' --out masks --url http://127.0.0.1:8000",
+        positional={"image": "a picture", "phrases": "what to look for, one or more"},
+    ),
 }  # fmt: skip
 
 
@@ -130,6 +178,8 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"rlfseg {name}: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    if summary is None:  # nothing of ours to count
+        return 0
     _show(summary)
     return REFUSED_SOME if summary.refused else 0
 
@@ -167,7 +217,9 @@ def parser(name: str) -> ArgumentParser:
     p.add_argument(
         "--config", action=ActionConfigFile, help="YAML with any of the settings below; may be given several times"
     )
-    p.add_class_arguments(command.settings)
+    p.add_class_arguments(command.settings, skip=set(command.positional))
+    for setting, what in command.positional.items():
+        p.add_argument(setting, type=str, nargs="+" if setting in ("files", "command", "phrases") else None, help=what)
     return p
 
 

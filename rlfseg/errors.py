@@ -5,7 +5,9 @@
     ├── DataError       a file or folder of data is damaged, unfinished or of another run
     │   └── BadSample   one sample is unusable: names the file and the sample; a job may skip it and go on
     ├── ModelError      a model, adapter or checkpoint can't be used: names the reference and the fix
-    └── ResourceError   the machine or cluster lacks what a job asks for: names the sum
+    ├── ResourceError   the machine or cluster lacks what a job asks for: names the sum
+    ├── JobError        a submitted job failed or was stopped: carries its exit code
+    └── ServiceError    a service can't be reached or refuses a request: names the address and its reason
 
 All are shown to users as one line without a traceback.
 """
@@ -49,6 +51,23 @@ class ModelError(RlfsegError, ValueError):
 
 class ResourceError(RlfsegError, RuntimeError):
     """The machine or cluster lacks what a job asks for."""
+
+
+class JobError(RlfsegError, RuntimeError):
+    """A submitted job failed or was stopped.
+
+    Args:
+        reason: Which, and how it ended.
+        code: The job's own exit code.
+    """
+
+    def __init__(self, reason: str, *, code: int):
+        super().__init__(reason)
+        self.code = code
+
+
+class ServiceError(RlfsegError, RuntimeError):
+    """A service can't be reached, refuses a request or stays busy."""
 
 
 def _bad_sample(reason: str, file: str, sample: str | None) -> BadSample:

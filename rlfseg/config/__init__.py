@@ -46,6 +46,13 @@ from rlfseg.config.parts import (
     digest,
     flatten,
 )
+from rlfseg.config.serving import (
+    LOOPBACK,
+    BatchesConfig,
+    LimitsConfig,
+    SegmentConfig,
+    ServeConfig,
+)
 from rlfseg.config.training import (
     OptimizerConfig,
     SpeedConfig,
@@ -56,10 +63,12 @@ __all__ = [
     "ASSETS",
     "ATTENTION",
     "EVERY_LAYER",
+    "LOOPBACK",
     "SD_V15",
     "STRICT",
     "AuditConfig",
     "BackboneConfig",
+    "BatchesConfig",
     "CalibrateConfig",
     "EncodeConfig",
     "EvaluateConfig",
@@ -67,6 +76,7 @@ __all__ = [
     "Fraction",
     "GuardConfig",
     "InspectConfig",
+    "LimitsConfig",
     "LoraConfig",
     "Natural",
     "OptimizerConfig",
@@ -78,6 +88,8 @@ __all__ = [
     "RefineConfig",
     "SamConfig",
     "SamplingConfig",
+    "SegmentConfig",
+    "ServeConfig",
     "ShapesConfig",
     "SpeedConfig",
     "SubmitConfig",

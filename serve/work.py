@@ -1,0 +1,134 @@
+"""The work on a request: each picture is decoded, asked of the model and drawn for itself, and fails for itself."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TypeVar
+
+from rlfseg.config import SamplingConfig, ServeConfig
+from serve import incoming, masks
+from serve.catalog import Catalog, Entry
+from serve.incoming import Decoded, Source
+from serve.messages import Answer, Ask
+from serve.meters import Meters
+from serve.refusal import Refusal
+from serve.schema import Fault, Found, ModelVersion, Options, Refused, Segmented, Timing, Unanswered
+
+log = logging.getLogger("ray.serve")
+AskModel = Callable[[str, Ask], Awaitable[Answer]]
+Entries = list[Found | Unanswered]
+T = TypeVar("T")
+
+
+class Work:
+    """Pictures in, entries of an answer out.
+
+    Args:
+        config: Settings of the service.
+        catalog: Its models.
+        ask: Asks a model, by its name, about one picture; raises Refusal.
+        meters: What is counted.
+    """
+
+    def __init__(self, config: ServeConfig, catalog: Catalog, ask: AskModel, meters: Meters):
+        self.config, self.catalog, self.ask, self.meters = config, catalog, ask, meters
+        # Decoding and drawing take a picture's size in memory: a thread a core bounds how many at once
+        self.threads = ThreadPoolExecutor(os.cpu_count() or 1)
+
+    async def pictures(
+        self, sources: Sequence[Source], options: Options, entry: Entry, until: float
+    ) -> AsyncIterator[Segmented | Refused]:
+        """Each picture's entry as soon as it is there; stopping to listen gives up the rest.
+
+        Args:
+            sources: The pictures.
+            options: Checked.
+            entry: The model to ask.
+            until: Time of the event loop's clock by which all must be done.
+
+        Yields:
+            An entry a picture, in the order in which they get ready.
+        """
+        gate = asyncio.Semaphore(self.config.batch_size)  # a large request fills a batch, not the whole queue
+        tasks = [
+            asyncio.create_task(self._entry(n, source, options, entry, gate, until)) for n, source in enumerate(sources)
+        ]
+        try:
+            for done in asyncio.as_completed(tasks):
+                yield await done
+        finally:
+            for task in tasks:
+                task.cancel()
+
+    async def _entry(
+        self, index: int, source: Source, options: Options, entry: Entry, gate: asyncio.Semaphore, until: float
+    ) -> Segmented | Refused:
+        where = f"images[{index}]"
+        try:
+            async with asyncio.timeout_at(until), gate:
+                return await self._segmented(index, source, options, entry)
+        except TimeoutError:
+            refusal = Refusal("deadline", f"{where}: not done within {self.config.limits.deadline_s:g} s")
+        except Refusal as error:
+            refusal = error
+        except Exception:  # one picture must not fail the others, whatever it ran into
+            log.exception("%s failed", where)
+            refusal = Refusal("failed", f"{where}: internal error; the server's log has it under this request's id")
+        self.meters.error(refusal.kind)
+        return Refused(index=index, name=source.name, error=Fault(kind=refusal.kind, message=refusal.message))
+
+    async def _segmented(self, index: int, source: Source, options: Options, entry: Entry) -> Segmented:
+        limits, clock = self.config.limits, [time.perf_counter()]
+        picture = await self._in_thread(
+            lambda: incoming.decode(source, f"images[{index}]", limits=limits, resolution=entry.card.resolution)
+        )
+        clock.append(time.perf_counter())
+        good = tuple(p.strip() for p in options.phrases if not incoming.phrase_fault(p, limits))
+        sampling = SamplingConfig(steps=options.steps, rescale=options.rescale)
+        ask = Ask(key=picture.key, square=picture.square, phrases=good, sampling=sampling)
+        answer = await self.ask(entry.name, ask)
+        clock.append(time.perf_counter())
+        entries = await self._in_thread(lambda: self._draw(picture, answer, options))
+        clock.append(time.perf_counter())
+        decode, asked, draw = (1000 * (b - a) for a, b in pairwise(clock))
+        timing = Timing(
+            decode=decode,
+            wait=max(0.0, asked - answer.encode_ms - answer.network_ms),
+            encode=answer.encode_ms,
+            network=answer.network_ms,
+            draw=draw,
+        )
+        self.meters.picture(timing, cached=answer.cached)
+        return Segmented(
+            index=index,
+            name=source.name,
+            height=picture.size[0],
+            width=picture.size[1],
+            model=ModelVersion(name=entry.name, version=answer.version),
+            cached=answer.cached,
+            batch=answer.batch,
+            phrases=entries,
+            timing_ms=timing,
+        )
+
+    def _draw(self, picture: Decoded, answer: Answer, options: Options) -> Entries:
+        limit = answer.threshold if options.threshold is None else options.threshold
+        squares = iter(answer.squares)
+        entries: Entries = []
+        for phrase in options.phrases:
+            fault = incoming.phrase_fault(phrase, self.config.limits)
+            if fault:
+                self.meters.error("invalid")
+                entries.append(Unanswered(phrase=phrase, error=Fault(kind="invalid", message=fault)))
+            else:  # one phrase at a time: scores of a large picture are large
+                entries.append(masks.found(phrase, next(squares).at(picture.size, limit), options.output))
+        return entries
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self.threads, work)

@@ -1,0 +1,417 @@
+"""The API in this process, with a real model and no Ray: what goes wrong, and what it looks like then."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from rlfseg.config import LimitsConfig, ServeConfig
+from serve.api import build_api
+from serve.catalog import Catalog
+from serve.guard import Keys
+from serve.messages import Answer, Ask
+from serve.meters import Meters
+from serve.model import Engine, Loaded
+from serve.refusal import Refusal
+from serve.work import AskModel, Work
+from tests.serving.harness import base64_of, phrases_of, png, scene
+
+IMAGE, PHRASES = png(scene(0)), phrases_of(0)
+LIMITS = LimitsConfig(body_mb=0.05, phrases=4, images=3, deadline_s=5, pixels=5000)
+
+
+class Counted(Meters):
+    """Counts without Prometheus."""
+
+    def __init__(self) -> None:
+        self.errors: Counter[str] = Counter()
+        self.pictures = 0
+
+    def picture(self, timing: Any, *, cached: bool) -> None:
+        self.pictures += 1
+
+    def request(self, seconds: float) -> None:
+        assert seconds >= 0
+
+    def error(self, kind: str) -> None:
+        self.errors[kind] += 1
+
+
+async def is_ready() -> bool:
+    return True
+
+
+@pytest.fixture(scope="module")
+def ask() -> AskModel:
+    """The shipped model, one picture at a time."""
+    engine, loaded = Engine(1), Loaded.load("tiny", device="cpu")
+
+    async def answer(name: str, asked: Ask) -> Answer:
+        [found] = engine([(loaded, asked)])
+        if isinstance(found, Refusal):
+            raise found
+        return found
+
+    return answer
+
+
+def build(
+    ask: AskModel,
+    *,
+    keys: Keys | None = None,
+    ready: Callable[[], Awaitable[bool]] = is_ready,
+    meters: Meters | None = None,
+    **settings: Any,
+) -> FastAPI:
+    config = ServeConfig(**({"limits": LIMITS, "auth": "off"} | settings))
+    catalog, meters = Catalog(config.models), meters or Counted()
+    work = Work(config, catalog, ask, meters)
+    return build_api(config, catalog=catalog, work=work, batches=None, keys=keys, ready=ready, meters=meters)
+
+
+def call(api: FastAPI, method: str, path: str, **kwargs: Any) -> httpx.Response:
+    async def go() -> httpx.Response:
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, **kwargs)
+
+    return asyncio.run(go())
+
+
+def segment(api: FastAPI, images: list[bytes] | None = None, phrases: list[str] | None = None, **options: Any) -> Any:
+    pictures = [{"data": base64_of(image)} for image in ([IMAGE] if images is None else images)]
+    return call(api, "POST", "/v1/segment", json={"images": pictures, "phrases": phrases or PHRASES, **options})
+
+
+def kind(reply: httpx.Response) -> tuple[int, str]:
+    return reply.status_code, reply.json()["error"]["kind"]
+
+
+# --- answers -------------------------------------------------------------------------------------------------------
+
+
+def test_entries_come_in_order_and_each_stands_alone(ask: AskModel) -> None:
+    meters = Counted()
+    images = [IMAGE, b"no picture", png(scene(1))]
+    reply = segment(build(ask, meters=meters), images, ["red ring", " ", "x" * 1001])
+    assert reply.status_code == 200
+    entries = reply.json()["images"]
+    assert [(e["index"], e["status"]) for e in entries] == [(0, "ok"), (1, "error"), (2, "ok")]
+    assert entries[1]["error"]["kind"] == "picture"
+    assert "images[1]" in entries[1]["error"]["message"]
+    for entry in (entries[0], entries[2]):
+        assert [p["status"] for p in entry["phrases"]] == ["ok", "error", "error"]
+    assert (meters.pictures, meters.errors) == (2, {"picture": 1, "invalid": 4})
+
+
+def test_where_all_pictures_fail_the_status_is_the_first_ones(ask: AskModel) -> None:
+    assert kind(segment(build(ask), [b"no picture", png(scene(0, (80, 80)))])) == (422, "picture")
+    assert kind(segment(build(ask), [png(scene(0, (80, 80))), b"no picture"])) == (413, "too_large")
+
+
+def test_streamed_lines_are_the_same_entries(ask: AskModel) -> None:
+    api = build(ask)
+    images = [IMAGE, b"no picture", png(scene(1))]
+    whole = segment(api, images).json()["images"]
+    reply = segment(api, images, stream=True)
+    assert reply.headers["content-type"].startswith("application/x-ndjson")
+    *lines, end = (json.loads(line) for line in reply.text.splitlines())
+    assert (end["done"], end["ok"], end["failed"]) == (True, 2, 1)
+
+    def plain(entries: list[Any]) -> list[Any]:
+        left_out = ("timing_ms", "cached", "batch")
+        return [{k: v for k, v in e.items() if k not in left_out} for e in sorted(entries, key=lambda e: e["index"])]
+
+    assert plain(lines) == plain(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "none"}, "model: 'none' is none of tiny"),
+        ({"steps": 51}, "steps"),
+        ({"rescale": "aos", "steps": 2}, "single step"),
+        ({"rescale": "best"}, "rescale"),
+        ({"output": "gif"}, "output"),
+        ({"phrases": ["a"] * 5}, "5 are more than 4"),
+        ({"phrases": [" "]}, "empty"),
+        ({"images": [IMAGE] * 4}, "4 are more than 3"),
+        ({"images": []}, "images"),
+        ({"tresh": 1}, "tresh"),
+    ],
+)
+def test_what_cannot_be_asked(ask: AskModel, options: dict[str, Any], message: str) -> None:
+    reply = segment(build(ask), **options)
+    assert reply.status_code == (404 if "model" in options else 422)
+    assert message in reply.json()["error"]["message"]
+
+
+def test_a_model_that_is_not_calibrated_does_not_rescale(ask: AskModel, tmp_path: Path) -> None:
+    (tmp_path / "rlfseg.yaml").write_text("base: tiny\nresolution: 64\n")
+    reply = segment(build(ask, models={"raw": str(tmp_path)}), rescale="hss")
+    assert kind(reply) == (422, "invalid")
+    assert "raw" in reply.json()["error"]["message"]
+
+
+# --- when there is trouble -----------------------------------------------------------------------------------------
+
+
+def failing(error: BaseException) -> AskModel:
+    async def answer(name: str, asked: Ask) -> Answer:
+        raise error
+
+    return answer
+
+
+def test_a_full_queue_is_503_and_says_when_to_come_back() -> None:
+    reply = segment(build(failing(Refusal("overloaded", "full"))))
+    assert kind(reply) == (503, "overloaded")
+    assert reply.headers["retry-after"] == "2"
+
+
+def test_a_deadline_is_504_and_gives_up_the_place() -> None:
+    gone = []
+
+    async def slow(name: str, asked: Ask) -> Answer:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            gone.append(name)
+            raise
+        raise AssertionError
+
+    reply = segment(build(slow, limits=LimitsConfig(deadline_s=0.3)))
+    assert kind(reply) == (504, "deadline")
+    assert gone == ["tiny"]
+
+
+def test_a_client_that_goes_away_gives_up_its_places() -> None:
+    started: list[str] = []
+    gone: list[str] = []
+
+    async def slow(name: str, asked: Ask) -> Answer:
+        started.append(name)
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            gone.append(name)
+            raise
+        raise AssertionError
+
+    async def go() -> None:
+        transport = httpx.ASGITransport(build(slow, limits=LimitsConfig()))
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            body = {"images": [{"data": base64_of(IMAGE)}] * 3, "phrases": ["a"]}
+            request = asyncio.create_task(client.post("/v1/segment", json=body))
+            while len(started) < 3:
+                await asyncio.sleep(0.01)
+            request.cancel()
+            await asyncio.gather(request, return_exceptions=True)
+            while len(gone) < 3:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(asyncio.wait_for(go(), 20))
+
+
+def test_an_internal_error_tells_no_more_than_its_id(ask: AskModel) -> None:
+    reply = segment(build(failing(KeyError("a secret path"))))
+    assert kind(reply) == (500, "failed")
+    assert "secret" not in reply.text
+
+    async def broken() -> bool:
+        raise KeyError("a secret path")
+
+    reply = call(build(ask, ready=broken), "GET", "/readyz")
+    assert kind(reply) == (500, "failed")
+    assert "secret" not in reply.text
+
+
+def test_not_ready(ask: AskModel) -> None:
+    async def never() -> bool:
+        return False
+
+    api = build(ask, ready=never)
+    assert call(api, "GET", "/healthz").status_code == 200
+    for reply in (call(api, "GET", "/readyz"), segment(api)):
+        assert kind(reply) == (503, "starting")
+        assert reply.headers["retry-after"]
+
+
+# --- the gate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> Keys:
+    (tmp_path / "keys").write_text("# ours\nfirst-key\nsecond-key\n\n")
+    return Keys(str(tmp_path / "keys"))
+
+
+@pytest.mark.parametrize(
+    ("headers", "known"),
+    [
+        ({}, False),
+        ({"Authorization": "Bearer first-key"}, True),
+        ({"Authorization": "bearer  second-key"}, True),
+        ({"X-API-Key": "second-key"}, True),
+        ({"X-API-Key": "second-kez"}, False),
+        ({"X-API-Key": "# ours"}, False),
+        ({"X-API-Key": ""}, False),
+        ({"Authorization": "Basic first-key"}, False),
+        ({"Authorization": "Bearer first-key second-key"}, False),
+        ({"X-API-Key": "\xe9"}, False),
+    ],
+)
+def test_keys(ask: AskModel, keys: Keys, headers: dict[str, str], known: bool) -> None:
+    given = {name: value.encode("latin-1") for name, value in headers.items()}
+    reply = call(build(ask, keys=keys), "GET", "/v1/models", headers=given)
+    assert reply.status_code == (200 if known else 401)
+    if not known:
+        assert reply.headers["www-authenticate"] == "Bearer"
+
+
+def test_only_health_and_the_page_need_no_key(ask: AskModel, keys: Keys) -> None:
+    api = build(ask, keys=keys)
+    open_to_all = [p for p in ("/", "/healthz", "/readyz") if call(api, "GET", p).status_code == 200]
+    assert open_to_all == ["/", "/healthz", "/readyz"]
+    for path in ("/openapi.json", "/v1/models", "/v1/batches", "/docs", "/nothing", "/healthz/"):
+        assert call(api, "GET", path).status_code == 401
+
+
+def test_keys_change_with_their_file_and_a_broken_file_changes_nothing(keys: Keys) -> None:
+    keys.path.write_text("third-key\n")
+    assert (keys.know("third-key"), keys.know("first-key")) == (True, False)
+    keys.path.write_text("")
+    assert keys.know("third-key")
+    keys.path.unlink()
+    assert keys.know("third-key")
+
+
+def test_every_key_is_compared(keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("serve.guard.hmac.compare_digest", lambda a, b: (calls.append(b), a == b)[1])
+    assert keys.know("first-key")
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "LOCALHOST", "127.0.0.1:1", "[::1]:8000", "[::1]"])
+def test_hosts_that_are_ours(ask: AskModel, host: str) -> None:
+    assert call(build(ask), "GET", "/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.org", "localhost.evil.org", "evil.org:localhost", "", "[::2]", "127.0.0.1.nip.io"]
+)
+def test_other_hosts_are_refused(ask: AskModel, host: str) -> None:
+    api = build(ask)
+    assert kind(call(api, "GET", "/v1/models", headers={"Host": host})) == (421, "host")
+    assert call(api, "GET", "/", headers={"Host": host}).status_code == 421
+    assert call(api, "GET", "/healthz", headers={"Host": host}).status_code == 200
+    assert call(build(ask, hosts=("*",)), "GET", "/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_pages_of_other_sites_get_nothing(ask: AskModel) -> None:
+    api = build(ask)
+    body = {"images": [{"data": base64_of(IMAGE)}], "phrases": PHRASES}
+    plain = call(api, "POST", "/v1/segment", content=json.dumps(body), headers={"Content-Type": "text/plain"})
+    assert kind(plain) == (415, "media_type")
+    for site, status in (("cross-site", 421), ("same-site", 421), ("same-origin", 200), ("none", 200)):
+        assert call(api, "GET", "/v1/models", headers={"Sec-Fetch-Site": site}).status_code == status
+    preflight = {"Origin": "http://evil.org", "Access-Control-Request-Method": "POST"}
+    reply = call(api, "OPTIONS", "/v1/segment", headers=preflight)
+    assert reply.status_code == 405
+    assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+def test_batches_take_json_alone(ask: AskModel) -> None:
+    for headers in ({}, {"Content-Type": "multipart/form-data; boundary=x"}, {"Content-Type": "application/jsonx"}):
+        assert kind(call(build(ask), "POST", "/v1/batches", content=b"{}", headers=headers)) == (415, "media_type")
+    assert kind(call(build(ask), "POST", "/v1/batches", json={})) == (404, "not_found")  # switched off here
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_body_is_cut_off_at_the_limit_whatever_its_header_says(ask: AskModel, told: bool) -> None:
+    limit, read = int(LIMITS.body_mb * 2**20), [0]
+
+    async def endless(begin: bytes) -> Any:
+        yield begin
+        for _ in range(100):
+            read[0] += limit // 4
+            yield b"x" * (limit // 4)
+
+    headers = {"Content-Length": str(100 * limit)} if told else {}
+    part = b'--b\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+    for media, begin in (("application/json", b""), ("multipart/form-data; boundary=b", part)):
+        read[0] = 0
+        reply = call(
+            build(ask), "POST", "/v1/segment", content=endless(begin), headers=headers | {"Content-Type": media}
+        )
+        assert kind(reply) == (413, "too_large")
+        assert read[0] <= (limit // 4 if told else 2 * limit)
+
+
+# --- forms ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("files", "fields", "message"),
+    [
+        ([], {"phrases": "a"}, "images"),
+        ([("images", ("a.png", IMAGE))], {}, "phrases"),
+        ([("images", ("a.png", IMAGE)), ("mask", ("a.png", IMAGE))], {"phrases": "a"}, "'mask' is a file"),
+        ([("images", ("a.png", IMAGE))], {"phrases": "a", "steps": ["1", "2"]}, "'steps' is given twice"),
+        ([("images", ("a.png", IMAGE))], {"phrases": "a", "images": "b"}, "images"),
+        ([("images", ("a.png", IMAGE))] * 4, {"phrases": "a"}, "3"),
+        ([("images", ("a.png", IMAGE))], {"phrases": "a", "threshold": "high"}, "threshold"),
+    ],
+)
+def test_wrong_forms(ask: AskModel, files: list[Any], fields: dict[str, Any], message: str) -> None:
+    parts = files or [("nothing", (None, "x"))]
+    reply = call(build(ask), "POST", "/v1/segment", files=parts, data=fields)
+    assert reply.status_code == 422
+    assert message in reply.json()["error"]["message"]
+
+
+def test_broken_multipart(ask: AskModel) -> None:
+    headers = {"Content-Type": "multipart/form-data"}
+    assert call(build(ask), "POST", "/v1/segment", content=b"x", headers=headers).status_code == 422
+    headers = {"Content-Type": "multipart/form-data; boundary=b"}
+    for body in (b"", b"--b\r\n", b"--b\r\nContent-Disposition: form-data\r\n\r\nx\r\n--b--", b"\0" * 100):
+        assert call(build(ask), "POST", "/v1/segment", content=body, headers=headers).status_code == 422
+
+
+# --- OpenAPI -------------------------------------------------------------------------------------------------------
+
+
+def test_the_examples_of_the_openapi_page_work(ask: AskModel) -> None:
+    api = build(ask)
+    tree = call(api, "GET", "/openapi.json").json()
+    body = tree["paths"]["/v1/segment"]["post"]["requestBody"]["content"]
+    assert set(body) == {"application/json", "multipart/form-data"}
+    examples = tree["components"]["schemas"]["SegmentRequest"]["examples"]
+    assert len(examples) == 2
+    for example in examples:
+        assert call(api, "POST", "/v1/segment", json=example).status_code == 200
+
+
+def test_every_reference_of_the_openapi_page_leads_somewhere(ask: AskModel, keys: Keys) -> None:
+    tree = call(build(ask), "GET", "/openapi.json").json()
+    names = {part.split('"')[0] for part in json.dumps(tree).split("#/components/schemas/")[1:]}
+    assert names <= set(tree["components"]["schemas"])
+    assert "security" not in tree
+    with_key = call(build(ask, keys=keys), "GET", "/openapi.json", headers={"X-API-Key": "first-key"}).json()
+    assert set(with_key["components"]["securitySchemes"]) == {"bearer", "header"}
+
+
+def test_the_page_loads_nothing_from_elsewhere(ask: AskModel) -> None:
+    reply = call(build(ask), "GET", "/")
+    assert reply.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert call(build(ask), "GET", "/docs").status_code == 404

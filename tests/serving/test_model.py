@@ -1,0 +1,144 @@
+"""The engine of a model replica, called without Ray: batches, isolation, and latents that are kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlfseg.config import SamplingConfig
+from rlfseg.images import image_to_tensor
+from rlfseg.segmenter import Segmenter
+from serve.messages import Answer, Ask
+from serve.model import Engine, Loaded
+from serve.refusal import Refusal
+from tests.serving.harness import scene
+
+PHRASES = ("red ring", "blue star")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> Loaded:
+    found = Loaded.load("tiny", device="cpu")
+    found.segmenter.card = replace(found.segmenter.card, eps_aos=0.3, eps_hss=0.2)
+    return found
+
+
+@pytest.fixture
+def encoded(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures each call of the autoencoder was given."""
+    calls: list[int] = []
+    encode = loaded.segmenter.backbone.encode
+    monkeypatch.setattr(loaded.segmenter.backbone, "encode", lambda x: (calls.append(len(x)), encode(x))[1])
+    return calls
+
+
+def ask(index: int, phrases: tuple[str, ...] = PHRASES, **sampling: Any) -> Ask:
+    square = image_to_tensor(scene(index), 64).numpy()
+    return Ask(key=f"scene {index}", square=square, phrases=phrases, sampling=SamplingConfig(**sampling))
+
+
+def scores(answer: Answer | Refusal) -> np.ndarray[Any, Any]:
+    assert isinstance(answer, Answer), answer
+    return np.stack([square.score.numpy() for square in answer.squares])
+
+
+def test_a_mixed_batch_equals_the_segmenter(loaded: Loaded) -> None:
+    asks = [ask(0), ask(1, PHRASES[:1]), ask(2, rescale="aos"), ask(3, steps=2), ask(0)]
+    answers = Engine(1)([(loaded, a) for a in asks])
+    for answer, own, n in zip(answers, asks, (0, 1, 2, 3, 0), strict=True):
+        expected = loaded.segmenter(scene(n), own.phrases, sampling=own.sampling)
+        np.testing.assert_allclose(scores(answer), np.stack([r.score for r in expected]), atol=1e-4)
+        assert isinstance(answer, Answer)
+        assert [s.gamma for s in answer.squares] == pytest.approx([r.gamma for r in expected], abs=1e-3)
+        assert answer.threshold == expected[0].threshold
+
+
+def test_a_known_picture_is_not_encoded_again(loaded: Loaded, encoded: list[int]) -> None:
+    engine = Engine(1)
+    first = engine([(loaded, ask(0)), (loaded, ask(0, ("white cross",))), (loaded, ask(1))])
+    second = engine([(loaded, ask(0, ("green square",))), (loaded, ask(2))])
+    assert encoded == [2, 1]
+    assert [a.cached for a in (*first, *second) if isinstance(a, Answer)] == [False, False, False, True, False]
+    fresh = Engine(0)([(loaded, ask(0, ("green square",)))])
+    np.testing.assert_allclose(scores(second[0]), scores(fresh[0]), atol=1e-4)
+
+
+def test_memory_for_latents_is_bounded(loaded: Loaded, encoded: list[int]) -> None:
+    latent = loaded.segmenter.encode([scene(0)])
+    size = latent.numel() * latent.element_size()
+    encoded.clear()
+    engine = Engine(2.5 * size / 2**20)
+    for n in (0, 1, 0, 2, 0, 1):  # 1 was asked least recently when 2 came
+        engine([(loaded, ask(n))])
+    assert encoded == [1, 1, 1, 1]
+    assert engine.latents.currsize <= engine.latents.maxsize
+    assert all(z.untyped_storage().nbytes() == size for z in engine.latents.values())  # no view of a whole batch
+
+
+def test_without_memory_nothing_is_kept(loaded: Loaded, encoded: list[int]) -> None:
+    engine = Engine(0)
+    for _ in range(2):
+        engine([(loaded, ask(0))])
+    assert encoded == [1, 1]
+
+
+def test_models_of_one_base_share_latents(loaded: Loaded, encoded: list[int]) -> None:
+    engine = Engine(1)
+    other = Loaded(segmenter=Segmenter(loaded.segmenter.backbone, loaded.segmenter.card), version="other")
+    one, two = engine([(loaded, ask(0)), (other, ask(0))])
+    assert encoded == [1]
+    assert isinstance(one, Answer)
+    assert isinstance(two, Answer)
+    assert (one.version, two.version) == (loaded.version, "other")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("odd")])
+def test_what_fails_fails_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    squares = loaded.segmenter.squares
+
+    def broken(z1: torch.Tensor, phrases: Any, **kwargs: Any) -> Any:
+        if any("poison" in own for own in phrases):
+            raise error
+        return squares(z1, phrases, **kwargs)
+
+    monkeypatch.setattr(loaded.segmenter, "squares", broken)
+    engine = Engine(1)
+    good, bad, also_good = engine([(loaded, ask(0)), (loaded, ask(1, ("poison",))), (loaded, ask(2))])
+    assert isinstance(bad, Refusal)
+    assert bad.kind == "failed"
+    assert str(error) not in bad.message
+    assert scores(good).shape == scores(also_good).shape == (2, 64, 64)
+    assert not engine.broken
+
+
+def test_a_broken_gpu_is_told_to_serve(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(loaded.segmenter, "squares", broken)
+    engine = Engine(1)
+    engine([(loaded, ask(0))])
+    assert engine.broken
+
+
+def test_nan_is_not_remembered(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = loaded.segmenter.backbone.encode
+    monkeypatch.setattr(loaded.segmenter.backbone, "encode", lambda x: encode(x) * float("nan"))
+    engine = Engine(1)
+    [answer] = engine([(loaded, ask(0))])
+    assert np.isnan(scores(answer)).all()
+    monkeypatch.undo()
+    [answer] = engine([(loaded, ask(0))])
+    assert np.isfinite(scores(answer)).all()
+
+
+def test_answers_carry_no_more_than_their_own_scores(loaded: Loaded) -> None:
+    answers = Engine(1)([(loaded, ask(n)) for n in range(3)])
+    for answer in answers:
+        assert isinstance(answer, Answer)
+        for square in answer.squares:
+            assert square.score.untyped_storage().nbytes() == 64 * 64 * 4
