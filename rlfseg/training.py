@@ -2,29 +2,39 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from rlfseg import adapter, flow
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
-from rlfseg.config import OptimizerConfig, SamplingConfig, TrainConfig, as_dict
+from rlfseg.config import OptimizerConfig, SamplingConfig, SpeedConfig, TrainConfig, as_dict
 from rlfseg.errors import ModelError
 from rlfseg.metrics import Sums
 from rlfseg.segmenter import Segmenter
 
 STATE = "state.pt"
 PROGRESS = "progress.json"
+# What a training may be resumed with another value of: it changes no weight, or only their last bits
+FREE = {
+    *("out", "latents", "samples", "val_samples", "storage", "keep", "tracking"),
+    *("log_every", "checkpoint_every", "max_failures", "max_bad_steps", "min_workers", "cpus", "speed"),
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,43 +79,62 @@ class TrainState:
         model: The velocity model as it is called with gradient; wrap it for data parallelism.
         step_number: Optimizer steps done.
         epoch: Number of the current epoch.
+        bad_steps: Steps skipped in a row up to now, because their gradient was not finite.
     """
 
     def __init__(self, config: TrainConfig, backbone: Backbone, total_steps: int):
         self.config, self.backbone, self.total_steps = config, backbone, total_steps
         self.model: nn.Module = backbone.velocity
         self.weights = backbone.trainable()
+        speed_up(backbone, config.speed)
         o = config.optimizer
-        self.optimizer = torch.optim.AdamW(self.weights, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
-        self.step_number, self.epoch = 0, 0
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay, fused=o.fused
+        )
+        self.step_number, self.epoch, self.bad_steps = 0, 0, 0
 
-    def step(self, batch: Batch) -> dict[str, float]:
-        """One optimizer step on one batch; afterwards the figures of this process.
+    def step(self, *batches: Batch, weight: float | None = None) -> dict[str, float]:
+        """One optimizer step; where the gradient of any process is not finite, no weight moves in any of them.
 
         Args:
-            batch: Latents and phrases of this process.
+            batches: Latents and phrases of this process, computed one after the other.
+            weight: Of each batch's mean loss. Default: one step of the mean of them all. Under data parallelism,
+                processes with different numbers of batches pass processes / all batches.
 
         Returns:
-            `loss`; `chose_refined`, the share of the phrases with a refined label that learned from it; `lr`;
-            `grad_norm` before clipping.
+            Figures of this process: `loss`; `chose_refined`, the share of the phrases with a refined label that
+            learned from it; `lr`; `grad_norm` before clipping, of all processes; `skipped`, 1 if no weight moved.
         """
         lr = learning_rate(self.config.optimizer, self.step_number, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses, chose_refined = self._losses(batch)
-        loss = losses.mean()
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.weights, self.config.optimizer.clip or math.inf)
-        self.optimizer.step()
+        loss, chosen, refined = 0.0, 0, 0
+        for number, batch in enumerate(batches, 1):
+            with self._synced(last=number == len(batches)):
+                losses, chose_refined = self._losses(batch)
+                mean = losses.mean()
+                (mean * (weight or 1 / len(batches))).backward()
+            loss += mean.item() / len(batches)
+            chosen, refined = chosen + int(chose_refined.sum()), refined + int(batch.has_refined.sum())
+        norm = nn.utils.clip_grad_norm_(self.weights, self.config.optimizer.clip or math.inf).item()
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
         self.step_number += 1
-        refined = int(batch.has_refined.sum())
         return {
-            "loss": loss.item(),
-            "chose_refined": int(chose_refined.sum()) / refined if refined else 0.0,
+            "loss": loss,
+            "chose_refined": chosen / refined if refined else 0.0,
             "lr": lr,
-            "grad_norm": norm.item(),
+            "grad_norm": norm,
+            "skipped": float(self.bad_steps > 0),
         }
+
+    def _synced(self, last: bool) -> AbstractContextManager[object]:
+        """Gradients travel between processes once a step, with its last batch."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device, config = self.backbone.device, self.config
@@ -134,11 +163,24 @@ class TrainState:
     # --- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self, folder: Path, card: Card) -> None:
-        """Writes adapter, optimizer and position; everything else follows from the config."""
-        adapter.save(self.backbone, folder, card)
-        torch.save({"optimizer": self.optimizer.state_dict()}, folder / STATE)
-        progress = {"step": self.step_number, "epoch": self.epoch, "config": as_dict(self.config)}
-        (folder / PROGRESS).write_text(json.dumps(progress, indent=1))
+        """Writes adapter, optimizer and position; schedule, samples and times follow from them and the config.
+
+        Args:
+            folder: Made where it is missing.
+            card: What goes into the adapter.
+
+        Raises:
+            OSError: It can't be written, on a full disk for example.
+        """
+        try:
+            adapter.save(self.backbone, folder, card)
+        except SafetensorError as error:
+            raise OSError(f"{folder} can't be written: {error}") from error
+        state = io.BytesIO()  # torch's own writer turns a full disk into a RuntimeError without its reason
+        torch.save({"optimizer": self.optimizer.state_dict()}, state)
+        (folder / STATE).write_bytes(state.getbuffer())
+        position = {"step": self.step_number, "epoch": self.epoch, "bad_steps": self.bad_steps}
+        (folder / PROGRESS).write_text(json.dumps(position | {"config": as_dict(self.config)}, indent=1))
 
     def load(self, folder: Path) -> None:
         """Goes on from a folder that `save` wrote.
@@ -147,16 +189,40 @@ class TrainState:
             folder: Written by `save`.
 
         Raises:
-            ModelError: It is damaged or belongs to another training.
+            ModelError: It is damaged or belongs to another training; then nothing has changed.
         """
         try:
             progress = json.loads((folder / PROGRESS).read_text())
+            then, now = binding(progress["config"]), binding(as_dict(self.config))
+            if fields := sorted(k for k in {*then, *now} if then.get(k) != now.get(k)):
+                told = "; ".join(f"{k} ({then.get(k)!r} then, {now.get(k)!r} now)" for k in fields)
+                raise ModelError(f"checkpoint {folder} belongs to a training with other settings: {told}")
             state = torch.load(folder / STATE, map_location=self.backbone.device, weights_only=True)
             self.backbone.load_weights(folder)
             self.optimizer.load_state_dict(state["optimizer"])
+        except ModelError:
+            raise
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
             raise ModelError(f"checkpoint {folder} can't be read: {error}") from error
-        self.step_number, self.epoch = progress["step"], progress["epoch"]
+        self.step_number, self.epoch, self.bad_steps = (progress[k] for k in ("step", "epoch", "bad_steps"))
+
+
+def binding(config: dict[str, Any]) -> dict[str, Any]:
+    """Those settings, of a TrainConfig as a dict, that the trained weights depend on beyond their last bits."""
+    return {k: v for k, v in config.items() if k not in FREE}
+
+
+def speed_up(backbone: Backbone, config: SpeedConfig) -> None:
+    """Applies the settings to the UNet, in place: no wrapper, so that the names of its weights stay as they are."""
+    unet: Any = backbone.velocity.unet
+    if config.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if config.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if config.compile:
+        backbone.velocity.compile()
+    if backbone.device != "cpu":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.tf32
 
 
 def learning_rate(config: OptimizerConfig, step: int, total_steps: int) -> float:

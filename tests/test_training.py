@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import gc
 import math
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlfseg import adapter
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
-from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig, OptimizerConfig, TrainConfig
+from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import ModelError
-from rlfseg.flow import sample_time
+from rlfseg.flow import flow_loss, sample_time
 from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.metrics import iou
 from rlfseg.segmenter import Segmenter
@@ -124,11 +131,168 @@ def test_selection_can_be_fixed_to_one_label(batches: list[Batch]) -> None:
     assert refined["loss"] == pytest.approx(make(selection="original").step(swapped)["loss"], rel=1e-5)
 
 
+# --- many batches a step, many processes --------------------------------------------------------------------------
+
+
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Several batches as one."""
+    return Batch(
+        ids=[i for b in parts for i in b.ids],
+        phrases=[p for b in parts for p in b.phrases],
+        **{k: torch.cat([getattr(b, k) for b in parts]) for k in ("z1", "z0", "z0_refined", "has_refined")},
+    )
+
+
+def gradients(state: TrainState) -> Tensor:
+    return torch.cat([w.grad.flatten() for w in state.weights if w.grad is not None])
+
+
+def test_accumulated_batches_are_one_large_batch(batches: list[Batch]) -> None:
+    parts, whole = make(), make()
+    a, b = parts.step(*batches[:3]), whole.step(joined(batches[:3]))
+    assert a == pytest.approx(b, rel=1e-4)
+    torch.testing.assert_close(gradients(parts), gradients(whole), rtol=1e-3, atol=1e-6)
+    assert parts.step_number == 1
+
+
+@pytest.mark.fault("dist-03")
+def test_the_schedule_moves_once_a_step_however_many_batches_it_has(batches: list[Batch]) -> None:
+    schedule = OptimizerConfig(lr=1e-3, warmup_steps=2, schedule="cosine")
+    one, four = make(total=6, optimizer=schedule), make(total=6, optimizer=schedule)
+    rates = [(one.step(batches[0])["lr"], four.step(*batches)["lr"]) for _ in range(4)]
+    assert [a for a, _ in rates] == [b for _, b in rates]
+    # Warm-up: 1/2, 1; then the cosine's first of four steps, and its second: 1/2 (1 + cos(pi / 4))
+    assert [a for a, _ in rates] == pytest.approx([5e-4, 1e-3, 1e-3, 0.5e-3 * (1 + math.sqrt(0.5))])
+
+
+@pytest.fixture(scope="module")
+def two_processes(batches: list[Batch], tmp_path_factory: pytest.TempPathFactory, root: Path) -> list[dict[str, Any]]:
+    """What two processes over gloo came to; see tests/two_processes.py."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.save([dataclasses.asdict(b) for b in batches], folder / "batches.pt")
+    script = [sys.executable, str(root / "tests" / "two_processes.py"), str(folder)]
+    ranks = [subprocess.Popen([*script, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    errors = [process.communicate(timeout=500)[1] for process in ranks]
+    assert [p.returncode for p in ranks] == [0, 0], errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.fault("dist-03")
+@pytest.mark.fault("dist-04")
+def test_two_processes_equal_one_on_the_same_global_batch(
+    batches: list[Batch], two_processes: list[dict[str, Any]]
+) -> None:
+    """Gradient checkpointing is on in both processes; one has two of the three batches."""
+    schedule = OptimizerConfig(lr=1e-3, warmup_steps=2, schedule="cosine")
+    one = make(total=6, optimizer=schedule)
+    figures = [one.step(*batches[:3]), one.step(*batches[1:4])]
+    for rank in two_processes:
+        assert rank["lr"] == [f["lr"] for f in figures]
+        assert rank["grad_norm"] == pytest.approx([f["grad_norm"] for f in figures], rel=1e-3)
+        torch.testing.assert_close(rank["gradient"], gradients(one), rtol=1e-2, atol=1e-5)
+    first, second = two_processes
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
+
+
+def test_without_sync_until_the_last_batch_each_step_talks_once(two_processes: list[dict[str, Any]]) -> None:
+    assert [rank["reductions"] for rank in two_processes] == [2, 2]
+
+
+@pytest.mark.fault("lora-05")
+def test_an_adapter_trained_in_many_processes_loads_into_a_plain_unet(two_processes: list[dict[str, Any]]) -> None:
+    keys = two_processes[0]["saved_keys"]
+    assert keys
+    assert not [k for k in keys if {"module", "_orig_mod"} & set(k.split("."))]
+    assert two_processes[0]["zero_lora_b"] == 0
+
+
+# --- how a step is computed ---------------------------------------------------------------------------------------
+
+
+def test_bf16_arithmetic_leaves_the_trained_weights_and_their_moments_in_fp32(batches: list[Batch]) -> None:
+    # rank 4 on layers wider than it: the LoRA has products of its own
+    exact, rough = make(), make(backbone=dataclasses.replace(TINY, dtype="bf16"))
+    seen: set[torch.dtype] = set()
+    conv = next(m for m in rough.backbone.velocity.modules() if isinstance(m, torch.nn.Conv2d))
+    conv.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    a, b = exact.step(batches[0]), rough.step(batches[0])
+    assert seen == {torch.bfloat16}
+    assert {w.dtype for w in rough.weights} == {torch.float32}
+    moments = [v for s in rough.optimizer.state.values() for k, v in s.items() if k != "step"]
+    assert {m.dtype for m in moments} == {torch.float32}
+    assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
+    assert torch.cosine_similarity(gradients(exact), gradients(rough), dim=0) > 0.95
+
+
+def test_fused_adamw_is_adamw(batches: list[Batch]) -> None:
+    states = {fused: make(optimizer=OptimizerConfig(lr=2e-3, fused=fused)) for fused in (True, False)}
+    for fused, state in states.items():
+        assert state.optimizer.defaults["fused"] is fused
+        state.step(batches[0])
+    for a, b in zip(states[True].weights, states[False].weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_channels_last_reorders_weights_and_changes_nothing(batches: list[Batch]) -> None:
+    plain, reordered = make(), make(speed=SpeedConfig(channels_last=True))
+    kernels = [w for w in reordered.backbone.velocity.parameters() if w.ndim == 4 and min(w.shape) > 1]
+    assert kernels
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
+    assert plain.step(batches[0]) == pytest.approx(reordered.step(batches[0]), rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_rounds_the_factors_of_fp32_products(tf32: bool) -> None:
+    make(backbone=dataclasses.replace(TINY, device="cuda", dtype="fp32"), speed=SpeedConfig(tf32=tf32))
+    a = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cuda()
+    error = ((a.float() @ a.float()).double() - a @ a).abs().max()
+    assert (error > 1e-3) == tf32
+
+
+@pytest.mark.slow
+@pytest.mark.fault("lora-05")
+def test_a_compiled_training_equals_an_eager_one_and_saves_the_same_names(batches: list[Batch], tmp_path: Path) -> None:
+    eager, compiled = make(), make(speed=SpeedConfig(compile=True))
+    for batch in batches[:2]:
+        assert compiled.step(batch) == pytest.approx(eager.step(batch), rel=1e-2)
+    compiled.save(tmp_path, CARD)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert not [k for k in weights if {"module", "_orig_mod"} & set(k.split("."))]
+    loaded, _ = adapter.load(tmp_path, device="cpu")
+    trained = [w for n, w in loaded.velocity.named_parameters() if ".lora_B." in n]
+    assert trained
+    assert all(bool(w.any()) for w in trained)
+
+
+@pytest.mark.fault("numeric-03")
+def test_compiling_happens_a_few_times_whatever_sizes_come(
+    batches: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    state = make(speed=SpeedConfig(compile=True))
+    segmenter = Segmenter(state.backbone, CARD)
+    rng = np.random.default_rng(0)
+    for n in range(20):
+        image = rng.integers(0, 255, (20 + 7 * n, 90 - 3 * n, 3), dtype=np.uint8)
+        result = segmenter(image, ["red ring"])[0]
+        assert result.score.shape == image.shape[:2]
+    assert len(compiled) == 1  # pictures of 20 sizes are one size to the UNet
+    for n in (2, 3, 4, 1, 4, 2):
+        state.step(joined(batches[:n]))
+    assert len(compiled) <= 8
+
+
 @pytest.mark.fault("lora-08")
 def test_gradient_checkpointing_changes_no_gradient(batches: list[Batch]) -> None:
-    plain, saving = make(), make()
+    plain, saving = make(), make(speed=SpeedConfig(gradient_checkpointing=True))
     saving.backbone.velocity.eval()
-    saving.backbone.velocity.unet.enable_gradient_checkpointing()
     assert any(getattr(m, "gradient_checkpointing", False) for m in saving.backbone.velocity.modules())
     first = [w.clone() for n, w in saving.backbone.velocity.named_parameters() if "lora_B" in n]
     for step in range(2):
@@ -139,6 +303,112 @@ def test_gradient_checkpointing_changes_no_gradient(batches: list[Batch]) -> Non
                 torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
     last = [w for n, w in saving.backbone.velocity.named_parameters() if "lora_B" in n]
     assert all((a != b).any() for a, b in zip(first, last, strict=True))
+
+
+class Kept:
+    """Bytes that autograd keeps for the backward pass: those alive, and their peak; weights don't count."""
+
+    def __init__(self, state: TrainState):
+        self.weights = {w.untyped_storage().data_ptr() for w in state.backbone.velocity.parameters()}
+        self.holders: dict[int, int] = {}
+        self.alive = self.peak = 0
+
+    def pack(self, tensor: Tensor) -> Held:
+        return Held(self, tensor)
+
+
+class Held:
+    """A tensor that autograd keeps; gone when the graph is."""
+
+    def __init__(self, kept: Kept, tensor: Tensor):
+        self.kept, self.tensor, self.key = kept, tensor, tensor.untyped_storage().data_ptr()
+        self.bytes = 0 if self.key in kept.weights else tensor.untyped_storage().nbytes()
+        kept.holders[self.key] = kept.holders.get(self.key, 0) + 1
+        if kept.holders[self.key] == 1:
+            kept.alive += self.bytes
+            kept.peak = max(kept.peak, kept.alive)
+
+    def __del__(self) -> None:
+        self.kept.holders[self.key] -= 1
+        if self.kept.holders[self.key] == 0:
+            self.kept.alive -= self.bytes
+
+
+def peak(state: TrainState, work: Callable[[], object]) -> int:
+    kept = Kept(state)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
+        work()
+    gc.collect()
+    assert kept.alive == 0
+    return kept.peak
+
+
+def eight(batches: list[Batch], originals: int) -> Batch:
+    """Eight phrases of which so many learn from the original label, whatever the network: the other is far away."""
+    batch = joined(batches)
+    easy = torch.arange(8) < originals
+    far = torch.where(easy[:, None, None, None], 0.0, 100.0)
+    return dataclasses.replace(
+        batch, z0=batch.z0 + far, z0_refined=batch.z0 + (100 - far), has_refined=torch.ones(8, dtype=torch.bool)
+    )
+
+
+def test_selection_keeps_little_more_than_one_forward_pass(batches: list[Batch]) -> None:
+    state = make()
+    one_label = peak(state, lambda: make_step(state, eight(batches, 0), "refined"))
+    for originals, limit in ((0, 1.02), (1, 1.02 + 1 / 8), (8, 2.02)):
+        got = peak(state, lambda n=originals: make_step(state, eight(batches, n), "dynamic"))  # type: ignore[misc]
+        assert got < limit * one_label
+
+    def naive() -> None:
+        batch = eight(batches, 1)
+        t, text = sample_time("uniform", 42, 0, batch.ids), state.backbone.text(batch.phrases)
+        both = [flow_loss(state.model, batch.z1, z0, t, text) for z0 in (batch.z0, batch.z0_refined)]
+        torch.minimum(*both).mean().backward()
+
+    assert peak(state, naive) > 1.9 * one_label
+
+
+def make_step(state: TrainState, batch: Batch, selection: str) -> None:
+    state.config = dataclasses.replace(state.config, selection=selection)  # type: ignore[arg-type]
+    chosen = state.step(batch)["chose_refined"]
+    wanted = float((batch.z0_refined < batch.z0).flatten(1).all(dim=1).float().mean())
+    assert chosen == (wanted if selection == "dynamic" else 0)
+
+
+def test_gradient_checkpointing_keeps_less(batches: list[Batch]) -> None:
+    plain, saving = make(), make(speed=SpeedConfig(gradient_checkpointing=True))
+    batch = joined(batches)
+    assert peak(saving, lambda: saving.step(batch)) < 0.5 * peak(plain, lambda: plain.step(batch))
+
+
+# --- numbers that are not finite ----------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("mlflow-01")
+def test_a_step_whose_gradient_is_not_finite_moves_no_weight(batches: list[Batch]) -> None:
+    state = make()
+    state.step(batches[0])
+    before, moments = weights(state), copy.deepcopy(state.optimizer.state_dict()["state"])
+    broken = dataclasses.replace(batches[1], z0=batches[1].z0.clone().index_fill_(0, torch.tensor([0]), math.nan))
+    for times in (1, 2):
+        figures = state.step(broken)
+        assert math.isnan(figures["loss"])
+        assert (figures["skipped"], state.bad_steps, state.step_number) == (1.0, times, 1 + times)
+    assert all(torch.equal(a, b) for a, b in zip(before, state.weights, strict=True))
+    assert all(
+        torch.equal(a[k], b[k])
+        for a, b in zip(moments.values(), state.optimizer.state_dict()["state"].values(), strict=True)
+        for k in a
+    )
+    figures = state.step(batches[1])
+    assert (figures["skipped"], state.bad_steps) == (0.0, 0)
+    assert all(bool(w.isfinite().all()) for w in state.weights)
+    assert not all(torch.equal(a, b) for a, b in zip(before, state.weights, strict=True))
+
+
+def test_one_bad_process_stops_the_step_in_all(two_processes: list[dict[str, Any]]) -> None:
+    assert [rank["skipped"] for rank in two_processes] == [[0.0, 0.0, 1.0]] * 2
 
 
 def test_only_trainable_weights_move(batches: list[Batch]) -> None:
@@ -226,6 +496,20 @@ def test_a_checkpoint_of_another_training_is_refused(saved: Path) -> None:
     ):
         with pytest.raises(ModelError, match=str(saved)):
             make(other).load(saved)
+
+
+def test_other_settings_are_refused_by_name_and_free_ones_are_not(saved: Path, fresh: TrainState) -> None:
+    mine = fresh.config
+    try:
+        fresh.config = dataclasses.replace(mine, seed=7, optimizer=OptimizerConfig(lr=1.0))
+        with pytest.raises(ModelError, match=r"other settings: optimizer .*'lr': 0.002.* then, .*'lr': 1.0.*; seed"):
+            fresh.load(saved)
+        assert fresh.step_number == 0
+        fresh.config = dataclasses.replace(mine, out="elsewhere", max_failures=9, speed=SpeedConfig(tf32=False))
+        fresh.load(saved)
+        assert fresh.step_number == 1
+    finally:
+        fresh.config, fresh.step_number = mine, 0
 
 
 # --- validation ---------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ class Encoder:
         side = self.backbone.resolution
         images = self._encode([r["image"] for r in rows], lambda a: image_to_tensor(a, side))
         originals = [m for r in rows for m in r["labels"]]
-        refined = [_refined_masks(r) for r in rows]
+        refined = [refined_masks(r) for r in rows]
         new = [m for masks in refined for m in masks if m is not None]
         z0 = iter(self._encode(originals + new, lambda a: mask_to_tensor(a, side)))
         z0_original = [[next(z0) for _ in r["labels"]] for r in rows]
@@ -113,7 +113,7 @@ class Encoder:
         return [z for part in parts for z in self.backbone.encode(part).cpu()]
 
 
-def _refined_masks(row: Row) -> list[NDArray[np.uint8] | None]:
+def refined_masks(row: Row) -> list[NDArray[np.uint8] | None]:
     """The refined label of each phrase, None where the original was kept or nothing was refined."""
     if "masks" not in row:
         return [None] * len(row["labels"])

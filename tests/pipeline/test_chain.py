@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from mlflow import MlflowClient
 from PIL import Image
 
 from rlfseg import cli, hdf5, images
+from rlfseg.backbone import Backbone
+from rlfseg.config import BackboneConfig, TrainConfig
 from rlfseg.datasets.shapes import draw_scene
+from rlfseg.pipeline.ingest import batches
+from rlfseg.pipeline.sources import open_source
 
 FEW = 12
 pytestmark = pytest.mark.timeout(1800)  # two minutes on an idle machine; a busy one is no failure
@@ -103,6 +110,35 @@ def test_label_iou_equals_an_independent_count(chain: Path) -> None:
         for a, b in zip(exact.phrases, coarse.phrases, strict=True):
             ious.append((a.mask & b.mask).sum() / (a.mask | b.mask).sum())
     assert figures(chain / "labels-coarse")["miou"] == pytest.approx(np.mean(ious), abs=1e-9)
+
+
+def test_samples_encoded_in_the_loop_are_what_the_cache_holds(chain: Path) -> None:
+    backbone_config = BackboneConfig(base="tiny", resolution=64, device="cpu")
+    config = TrainConfig(out="", latents=str(chain / "latents"), backbone=backbone_config, workers=3, batch_size=4)
+    cached = open_source(config)
+    encoded = open_source(replace(config, latents=None, samples=str(chain / "refined")))
+    np.testing.assert_array_equal(cached.counts, encoded.counts)
+    backbone = Backbone.load(backbone_config)
+    where = {"epoch": 1, "rank": 0, "world": 2}  # of three lanes this process plays two
+    ways = [batches(source, backbone, config, **where) for source in (cached, encoded)]
+    steps = list(zip(*ways, strict=True))
+    assert len(steps) == int(cached.counts.sum()) // 12
+    for a, b in ((a, b) for step in steps for a, b in zip(*step, strict=True)):
+        assert (a.ids, a.phrases, len(a.ids)) == (b.ids, b.phrases, 4)
+        assert torch.equal(a.has_refined, b.has_refined)
+        for name in ("z1", "z0", "z0_refined"):  # float16 has 11 bits
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=2**-11, atol=1e-4)
+    assert any(a.has_refined.any() for step in steps for a in step[0])
+
+
+def test_validation_leaves_overlays_and_figures_in_mlflow(chain: Path) -> None:
+    state = json.loads((chain / "train" / "_SUCCESS.json").read_text())
+    client = MlflowClient(f"sqlite:///{chain / 'mlflow.db'}")
+    sheets = [Path(a.path).name for a in client.list_artifacts(state["run_id"], "overlays")]
+    assert sheets == [f"step-{n:07d}.png" for n in (2, 4)]
+    assert [m.step for m in client.get_metric_history(state["run_id"], "val/miou")] == [2, 4]
+    assert [m.step for m in client.get_metric_history(state["run_id"], "train/loss")] == [1, 2, 3, 4]
+    assert state["step_of_adapter"] in (2, 4)
 
 
 def test_calibration_reaches_the_adapter(chain: Path) -> None:

@@ -1,0 +1,299 @@
+"""One training process: resume, step, log, validate, keep. `train.py` has Ray Train run it on every worker."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import ray.train
+import torch
+from ray.train import CheckpointUploadMode
+from ray.train.torch import prepare_model
+from torch import distributed
+
+from rlfseg import draw, tracking
+from rlfseg.adapter import Card
+from rlfseg.backbone import Backbone
+from rlfseg.config import TrainConfig, as_dict
+from rlfseg.errors import DataError, ResourceError, RlfsegError
+from rlfseg.metrics import Sums
+from rlfseg.pipeline.checkpoints import Store
+from rlfseg.pipeline.ingest import batches, steps_per_epoch
+from rlfseg.pipeline.rows import Row
+from rlfseg.pipeline.samples import LoadSample, open_samples
+from rlfseg.pipeline.sources import Source, open_source
+from rlfseg.segmenter import Segmenter
+from rlfseg.training import Batch, Labelled, TrainState
+
+SHOWN = 4  # validation pictures on an overlay sheet
+SCORE = "score"  # what the best checkpoints are chosen by
+SHOWN_FIGURES = ("loss", "chose_refined", "lr", "grad_norm")
+CURVE, SKIPPED = "curve.jsonl", "skipped.jsonl"
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What every worker is told.
+
+    Attributes:
+        config: All settings, with absolute paths: Ray moves a worker's working directory.
+        out: Folder of the training.
+        storage: Folder or URI of the checkpoints.
+        name: Of the training among them.
+        total_steps: Steps of the whole training.
+        data: Fingerprint of what is trained on.
+        uri: MLflow's address.
+        run_id: The run; None where nothing is recorded.
+    """
+
+    config: TrainConfig
+    out: Path
+    storage: str
+    name: str
+    total_steps: int
+    data: str
+    uri: str
+    run_id: str | None
+
+
+class Stop(Exception):
+    """Ends the training on all ranks at once, by an error that starting again would not mend."""
+
+    def __init__(self, error: RlfsegError):
+        super().__init__(str(error))
+        self.error = error
+
+
+def work(loop_config: Row) -> RlfsegError | None:
+    """What Ray Train runs; returns an error on which all ranks agree, so that it isn't tried again."""
+    try:
+        Loop(loop_config["job"]).run()
+    except Stop as stop:
+        return stop.error
+    return None
+
+
+class Loop:
+    """One training process.
+
+    Args:
+        job: What every worker is told.
+    """
+
+    def __init__(self, job: Job):
+        config, context = job.config, ray.train.get_context()
+        self.job, self.config = job, config
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        self.source: Source = open_source(config)
+        backbone = Backbone.load(config.backbone)
+        backbone.add_lora(config.lora, seed=config.seed)
+        self.state = TrainState(config, backbone, job.total_steps)
+        self.store = Store(job.storage, job.name)
+        self.recorded = tracking.Run.attach(job.uri, job.run_id if self.rank == 0 else None, default_dir=job.out)
+        self.held_out = _held_out(config, self.rank, self.world)
+        share = len(range(self.rank, config.workers, self.world)) / config.workers
+        self.meter = Meter(self.recorded, config, job.out if self.rank == 0 else None, share, self._from_all)
+
+    def run(self) -> None:
+        """Trains from the newest whole checkpoint to the last step."""
+        try:
+            self._resume()
+            # A gradient's memory is the bucket's: one copy less. There are no buffers to send around
+            settings = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+            self.state.model = prepare_model(self.state.backbone.velocity, parallel_strategy_kwargs=settings)
+            while self.state.step_number < self.job.total_steps:
+                self._epoch()
+        finally:
+            self.recorded.end()
+
+    def _resume(self) -> None:
+        newest = next((c.path for c, _ in self.store.whole()), "") if self.rank == 0 else ""
+        newest = self._from_rank_0(newest)
+        if newest:
+            with self.store.checkpoint(Path(newest).name).as_directory() as folder:
+                self.state.load(Path(folder))
+        self.recorded.set_tags({"rlfseg.started_at_step": str(self.state.step_number)})
+
+    def _epoch(self) -> None:
+        state, config = self.state, self.config
+        state.epoch, done = divmod(state.step_number, steps_per_epoch(self.source.counts, config))
+        weight = self.world / (config.workers * config.accumulate)  # of a batch: ranks may have different numbers
+        where = {"epoch": state.epoch, "rank": self.rank, "world": self.world, "start": done}
+        for step in batches(self.source, state.backbone, config, **where):
+            figures = state.step(*step, weight=weight)
+            if figures["skipped"]:
+                self._note_skipped(step, figures)
+            self.meter.add(state.step_number, figures)
+            last = state.step_number >= self.job.total_steps
+            validate = last or state.step_number % config.validate_every == 0
+            stop = state.bad_steps > config.max_bad_steps
+            if validate or stop or state.step_number % config.checkpoint_every == 0:
+                self._report(validate=validate)
+            if stop:
+                raise Stop(self._diverged(figures))
+            if last:
+                return
+
+    def _report(self, *, validate: bool) -> None:
+        """Validates on all ranks, saves on rank 0, tells Ray."""
+        card, figures = _card(self.job), {}
+        if validate and self.config.val_samples:
+            figures = self._validate(card)
+        card = replace(card, metrics=figures)
+        step, error, checkpoint = self.state.step_number, None, None
+        if self.rank == 0:
+            try:
+                checkpoint = self.store.keep(step, lambda folder: self.state.save(folder, card))
+            except ResourceError as full:
+                error = full
+        if error := self._from_rank_0(error):
+            raise Stop(error)
+        score = figures.get("miou", -1.0) if self.config.val_samples else float(step)
+        metrics = {"step": step, SCORE: score} | {f"val_{k}": v for k, v in figures.items()}
+        ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
+
+    def _validate(self, card: Card) -> Figures:
+        sums = Sums()
+        for part in self._from_all(self.state.validate(self.held_out, card).to_dict()):
+            sums.merge(Sums.from_dict(part))
+        figures = sums.results()
+        self.recorded.log_metrics({f"val/{k}": v for k, v in figures.items()}, self.state.step_number)
+        if self.rank == 0 and self.held_out:
+            path = self.job.out / "overlays" / f"step-{self.state.step_number:07d}.png"
+            self.recorded.log_artifact(draw.save(path, _sheet(self.state, card, self.held_out)), "overlays")
+        return figures
+
+    # --- steps that were skipped -------------------------------------------------------------------------------
+
+    def _note_skipped(self, step: Sequence[Batch], figures: Figures) -> None:
+        """Writes down which phrases were in a batch whose loss is not finite, on whatever rank."""
+        bad = [i for b in step for i in b.ids] if not math.isfinite(figures["loss"]) else []
+        ids = [i for part in self._from_all(bad) for i in part]
+        if self.rank == 0:
+            with (self.job.out / SKIPPED).open("a") as lines:
+                lines.write(json.dumps({"step": self.state.step_number, "phrases": ids}) + "\n")
+        self.recorded.log_metrics({"train/skipped": 1.0}, self.state.step_number)
+
+    def _diverged(self, figures: Figures) -> DataError:
+        return DataError(
+            f"step {self.state.step_number}: the gradient is {figures['grad_norm']} for the {self.state.bad_steps}th "
+            f"step in a row, more than max_bad_steps: {self.config.max_bad_steps}; lower optimizer.lr, or look at the "
+            f"phrases in {self.job.out / SKIPPED}. The weights of the last good step are in {self.job.storage}"
+        )
+
+    # --- between ranks -----------------------------------------------------------------------------------------
+
+    def _from_rank_0(self, value: T) -> T:
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]  # type: ignore[no-any-return]
+
+    def _from_all(self, value: T) -> list[T]:
+        if self.world == 1:
+            return [value]
+        parts: list[Any] = [None] * self.world
+        distributed.all_gather_object(parts, value)
+        return parts
+
+
+class Meter:
+    """Averages the figures of a few steps over all ranks, for MLflow and for the driver, which shows how far we are.
+
+    Args:
+        recorded: Where they go.
+        config: Settings.
+        out: Folder of the training; None on all ranks but the first.
+        share: Part of a step's phrases that is this rank's.
+        from_all: Collects a value from all ranks.
+    """
+
+    def __init__(
+        self,
+        recorded: tracking.Run,
+        config: TrainConfig,
+        out: Path | None,
+        share: float,
+        from_all: Callable[[Figures], list[Figures]],
+    ):
+        self.recorded, self.out, self.share, self.from_all = recorded, out, share, from_all
+        self.every, self.phrases = config.log_every, config.workers * config.batch_size * config.accumulate
+        self.rows: list[Figures] = []
+        self.start = time.monotonic()
+
+    def add(self, step: int, figures: Figures) -> None:
+        """Takes one step's figures; skipped steps don't count."""
+        self.rows.append(figures)
+        if step % self.every:
+            return
+        good = [r for r in self.rows if not r["skipped"]]
+        own = {k: self.share * sum(r[k] for r in good) / len(good) for k in SHOWN_FIGURES} if good else {}
+        parts = self.from_all(own)
+        now = time.monotonic()
+        speed = len(self.rows) * self.phrases / (now - self.start)
+        row = {k: math.fsum(p[k] for p in parts) for k in own} | {"samples_per_second": speed}
+        self.recorded.log_metrics({f"train/{k}": v for k, v in row.items()}, step)
+        if self.out:
+            with (self.out / CURVE).open("a") as lines:
+                lines.write(json.dumps({"step": step, **row}) + "\n")
+        self.rows, self.start = [], now
+
+
+def _held_out(config: TrainConfig, rank: int, world: int) -> list[Labelled]:
+    """This rank's share of the fixed validation pictures."""
+    if config.val_samples is None:
+        return []
+    samples = open_samples(config.val_samples)
+    load = LoadSample(samples.folder)
+    rows = [load(r) for r in samples.rows.slice(0, config.val_images).to_pylist()[rank::world]]
+    return [Labelled(image=r["image"], phrases=r["captions"], masks=np.stack(r["labels"])) for r in rows if r["labels"]]
+
+
+def _sheet(state: TrainState, card: Card, held_out: list[Labelled]) -> np.ndarray:
+    segmenter, cells = Segmenter(state.backbone, card), []
+    for sample in held_out[:SHOWN]:
+        results = segmenter.segment([sample.image], [sample.phrases])[0]
+        cells.append([
+            draw.overlay(sample.image, list(sample.masks), list(sample.phrases)),
+            draw.overlay(sample.image, [r.mask for r in results], list(sample.phrases)),
+        ])  # fmt: skip
+    return draw.contact_sheet(cells, titles=["label", f"step {state.step_number}"])
+
+
+def _card(job: Job) -> Card:
+    config = job.config
+    return Card(
+        base=config.backbone.base,
+        resolution=config.backbone.resolution,
+        full=config.lora.full,
+        data=job.data,
+        run_id=job.run_id or "",
+        config=as_dict(config),
+    )
+
+
+def read_curve(out: Path) -> list[Row]:
+    """The training's curve, a row every `log_every` steps; a repeated step counts once, a line cut by a death not."""
+    rows: dict[int, Row] = {}
+    path = out / CURVE
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+            rows[row["step"]] = row
+        except (ValueError, KeyError):
+            continue
+    return [rows[k] for k in sorted(rows)]

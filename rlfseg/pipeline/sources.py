@@ -1,0 +1,220 @@
+"""What is trained on: latents that `encode` has cached, or the samples themselves, encoded in the training loop.
+
+Both number the same samples in the same order, that of a hash of their ids, so that a plan means the same in both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rlfseg.backbone import Backbone
+from rlfseg.config import TrainConfig
+from rlfseg.errors import ConfigError, DataError
+from rlfseg.hdf5 import id_hash
+from rlfseg.images import image_to_tensor, mask_to_tensor
+from rlfseg.pipeline.encode import from_bytes, refined_masks
+from rlfseg.pipeline.folders import fingerprint, require_finished
+from rlfseg.pipeline.rows import OK, Row
+from rlfseg.pipeline.samples import LoadSample, open_samples
+from rlfseg.training import Batch
+
+Phrase = tuple[int, int]  # number of the sample, number of the phrase in it
+Place = tuple[str, int, int]  # file, row, phrase
+PIXELS = pa.schema(
+    [("id", pa.string()), ("caption", pa.string())] + [(n, pa.binary()) for n in ("image", "mask", "refined")]
+)
+
+
+class Source(Protocol):
+    """Phrases that are read by number.
+
+    Attributes:
+        counts: Phrases of each sample, int64 [n].
+        phrase_bytes: Size of a phrase's row on its way.
+        fingerprint: Changes when the data does.
+    """
+
+    counts: NDArray[np.int64]
+    phrase_bytes: int
+    fingerprint: str
+
+    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], pa.Table]:
+        """A picklable function that reads these phrases, a row each, in this order, in another process."""
+        ...
+
+    def batch(self, table: pa.Table, backbone: Backbone) -> Batch:
+        """Such rows as what a training step takes, in the training process."""
+        ...
+
+
+def open_source(config: TrainConfig) -> Source:
+    """Opens the folder that the config names; reads ids and captions, no latent and no pixel.
+
+    Args:
+        config: Settings of the training.
+
+    Returns:
+        Cached latents, or samples to be encoded in the loop.
+
+    Raises:
+        ConfigError: Both or neither is given, or the latents are of another base or resolution.
+        DataError: The folder is unfinished or holds no phrase.
+    """
+    if config.latents and config.samples:
+        raise ConfigError(f"samples: {config.samples} is given and latents: {config.latents} too; give one of them")
+    if config.latents:
+        return Latents(Path(config.latents).absolute(), config)
+    if config.samples:
+        return Pixels(Path(config.samples).absolute(), config.backbone.resolution)
+    raise ConfigError("latents: a folder written by `encode` is needed, or samples: one of `prepare` or `refine`")
+
+
+class Latents:
+    """A folder of `encode`: nothing is left to do but to read.
+
+    Args:
+        folder: Written by `encode`.
+        config: What must fit it.
+    """
+
+    def __init__(self, folder: Path, config: TrainConfig):
+        encoded = require_finished(folder)["identity"]["backbone"]
+        for field in ("base", "resolution"):
+            if encoded[field] != (wanted := getattr(config.backbone, field)):
+                raise ConfigError(
+                    f"backbone.{field}: {wanted}, but {folder} was encoded with {encoded[field]}; use the same"
+                )
+        found: list[tuple[str, str, int, int]] = []
+        shape: list[int] = []
+        for path in sorted((folder / "data").glob("*.parquet")):
+            table = pq.read_table(path, columns=["id", "status", "shape", "captions"])
+            counts = pc.list_value_length(table["captions"]).to_pylist()
+            ids, states = table["id"].to_pylist(), table["status"].to_pylist()
+            rows = [n for n, state in enumerate(states) if state == OK]
+            found += [(id_hash(ids[n]), str(path), n, counts[n]) for n in rows]
+            shape = shape or (table["shape"][rows[0]].as_py() if rows else [])
+        found.sort()
+        self.places = [(path, row) for _, path, row, _ in found]
+        self.counts = np.array([count for *_, count in found], dtype=np.int64)
+        self.phrase_bytes = 3 * 2 * int(np.prod(shape))
+        self.fingerprint = fingerprint(folder)
+        _require_phrases(self.counts, folder)
+
+    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], pa.Table]:
+        """Columns id, caption, shape, z1, z0, z0_refined; latents as float16."""
+        return partial(_read_latents, [(*self.places[n], k) for n, k in phrases])
+
+    def batch(self, table: pa.Table, backbone: Backbone) -> Batch:
+        """Latents as they are cached."""
+        c = table.to_pydict()
+        shape = c["shape"][0]
+        refined = [z if r is None else r for z, r in zip(c["z0"], c["z0_refined"], strict=True)]
+        return Batch(
+            ids=c["id"],
+            phrases=c["caption"],
+            z1=from_bytes(c["z1"], shape),
+            z0=from_bytes(c["z0"], shape),
+            z0_refined=from_bytes(refined, shape),
+            has_refined=torch.tensor([r is not None for r in c["z0_refined"]]),
+        )
+
+
+def _read_latents(places: Sequence[Place]) -> pa.Table:
+    found: dict[Place, Row] = {}
+    for path in sorted({path for path, _, _ in places}):
+        wanted = sorted({row for other, row, _ in places if other == path})
+        table = pq.read_table(path).take(wanted)
+        for row, r in zip(wanted, table.to_pylist(), strict=True):
+            for k, caption in enumerate(r["captions"]):
+                latents = {"z1": r["z1"], "z0": r["z0"][k], "z0_refined": r["z0_refined"][k]}
+                found[path, row, k] = {"id": f"{r['id']}#{k}", "caption": caption, "shape": r["shape"]} | latents
+    return pa.Table.from_pylist([found[place] for place in places])
+
+
+class Pixels:
+    """A folder of `prepare` or `refine`: pixels are read and resized on CPUs, and encoded by the training process.
+
+    Args:
+        folder: Written by `prepare` or `refine`.
+        resolution: Side in pixels.
+    """
+
+    def __init__(self, folder: Path, resolution: int):
+        samples = open_samples(folder)
+        hashes = [id_hash(i) for i in samples.rows["id"].to_pylist()]
+        self.rows = samples.rows.take(sorted(range(len(hashes)), key=hashes.__getitem__))
+        self.counts = pc.list_value_length(self.rows["captions"]).to_numpy().astype(np.int64)
+        self.phrase_bytes = (3 * 4 + 2) * resolution**2
+        self.fingerprint = samples.fingerprint
+        self.load, self.resolution = LoadSample(samples.folder), resolution
+        _require_phrases(self.counts, folder)
+
+    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], pa.Table]:
+        """Columns id, caption, image (float32 [3, R, R]), mask and refined (uint8 [R, R]; null where kept)."""
+        wanted = sorted({n for n, _ in phrases})
+        rows = dict(zip(wanted, self.rows.take(wanted).to_pylist(), strict=True))
+        return partial(_read_pixels, self.load, self.resolution, [(rows[n], k) for n, k in phrases])
+
+    def batch(self, table: pa.Table, backbone: Backbone) -> Batch:
+        """Encodes pictures and masks: what `encode` does, but not rounded to float16."""
+        c = table.to_pydict()
+        side = self.resolution
+        image = torch.from_numpy(np.frombuffer(b"".join(c["image"]), np.float32).reshape(-1, 3, side, side).copy())
+        has_refined = torch.tensor([m is not None for m in c["refined"]])
+        z0 = backbone.encode(_masks(c["mask"], side))
+        z0_refined = z0.clone()
+        if has_refined.any():
+            refined = backbone.encode(_masks([m for m in c["refined"] if m is not None], side))
+            z0_refined[has_refined.to(z0.device)] = refined
+        return Batch(
+            ids=c["id"],
+            phrases=c["caption"],
+            z1=backbone.encode(image),
+            z0=z0,
+            z0_refined=z0_refined,
+            has_refined=has_refined,
+        )
+
+
+def _read_pixels(load: LoadSample, side: int, phrases: Sequence[tuple[Row, int]]) -> pa.Table:
+    loaded: dict[str, Row] = {}
+    table: list[Row] = []
+    for row, k in phrases:
+        if row["id"] not in loaded:
+            sample = load(row)
+            pixels = image_to_tensor(sample["image"], side).numpy().tobytes()
+            loaded[row["id"]] = sample | {"pixels": pixels, "refined": refined_masks(sample)}
+        sample = loaded[row["id"]]
+        refined = sample["refined"][k]
+        masks = {
+            "mask": _resized(sample["labels"][k], side),
+            "refined": None if refined is None else _resized(refined, side),
+        }
+        table.append({"id": f"{row['id']}#{k}", "caption": sample["captions"][k], "image": sample["pixels"], **masks})
+    return pa.Table.from_pylist(table, schema=PIXELS)
+
+
+def _resized(mask: NDArray[np.uint8], side: int) -> bytes:
+    return (mask_to_tensor(mask, side)[0] > 0).to(torch.uint8).numpy().tobytes()
+
+
+def _masks(data: Sequence[bytes], side: int) -> Tensor:
+    """[B, 3, R, R] in {-1, 1}, as `mask_to_tensor` gives them."""
+    flat = np.frombuffer(b"".join(data), np.uint8).reshape(-1, 1, side, side).copy()
+    return (torch.from_numpy(flat).float() * 2 - 1).expand(-1, 3, -1, -1)
+
+
+def _require_phrases(counts: NDArray[np.int64], folder: Path) -> None:
+    if not counts.sum():
+        raise DataError(f"{folder} holds no phrase to train on")
