@@ -160,6 +160,8 @@ class Backbone:
         folder = TINY_AUTOENCODER if reference == "tiny" else Path(reference)
         if reference.startswith("hf:"):
             folder = _download("fast.autoencoder", reference.removeprefix("hf:"), ["config.json", "*model.safetensors"])
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"fast.autoencoder: {reference} is no folder of an AutoencoderTiny; give `tiny` or hf:a/b")
         try:
             tiny = AutoencoderTiny.from_pretrained(
                 folder, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True

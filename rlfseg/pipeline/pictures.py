@@ -110,9 +110,9 @@ def _files(source: str) -> list[str]:
         fs, path = fsspec.core.url_to_fs(source)
         if fs.isdir(path):
             known = images.SUFFIXES | HDF5 | PARQUET
-            found = [p for p in fs.ls(path, detail=False) if _suffix(p) in known and not _name(p).startswith(".")]
+            found = [p for p in fs.ls(path, detail=False) if _suffix(p) in known and not _hidden(p)]
         else:
-            found = [path] if fs.exists(path) else fs.glob(path)
+            found = [path] if fs.exists(path) else [p for p in fs.glob(path) if not _hidden(p)]
     except ImportError as error:
         raise ConfigError(f"images: {source}: {error}; pip install 'rlfseg[s3]' brings what s3:// needs") from error
     except Exception as error:  # each file system raises its own library's errors
@@ -123,6 +123,10 @@ def _files(source: str) -> list[str]:
 
 def _name(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
+
+
+def _hidden(path: str) -> bool:
+    return _name(path).startswith(".")
 
 
 def _suffix(path: str) -> str:

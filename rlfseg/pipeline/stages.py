@@ -28,6 +28,7 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
+from ray.exceptions import RayTaskError
 
 from rlfseg.config import WorkersConfig
 from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
@@ -95,7 +96,7 @@ class Summary:
 
 def connect() -> None:
     """Joins the Ray that $RAY_ADDRESS names, or starts one here with a few more logical CPUs than cores."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
         remote = os.environ.get("RAY_ADDRESS")
@@ -103,6 +104,7 @@ def connect() -> None:
         ray.init(log_to_driver=False, configure_logging=False, **here)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # else the cause arrives as a text only
     context.execution_options.verbose_progress = False
 
 
@@ -301,11 +303,17 @@ class _Actor:
     """Holds the work; made inside the process that runs it, so that nothing of a GPU is ever sent."""
 
     def __init__(self, make: Callable[..., Work], kwargs: Row, threads: int, step: Row):
-        self.step = Step(make(**kwargs), **step)
+        self.step: Step | RlfsegError
+        try:
+            self.step = Step(make(**kwargs), **step)
+        except RlfsegError as error:
+            self.step = error  # raised here, only its text would arrive
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(threads)  # Ray allows one, whatever the node has
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if isinstance(self.step, RlfsegError):
+            raise self.step
         return self.step(table)
 
 
@@ -318,7 +326,7 @@ def check_rows(stage: str, ids: Sequence[str], rows: Rows) -> None:
 def our_cause(error: BaseException | None) -> RlfsegError | None:
     """The first of our own errors in a chain of causes, as Ray Data and Ray Train nest them."""
     while error is not None:
-        if isinstance(error, RlfsegError):
+        if isinstance(error, RlfsegError) and not isinstance(error, RayTaskError):  # Ray's is both
             return error
         of_workers = getattr(error, "worker_failures", {}).values()
         error = next(iter(of_workers), None) or getattr(error, "cause", None) or error.__cause__
@@ -351,7 +359,10 @@ def _account(stage: Stage) -> Row:
             if row["id"] in status:
                 raise DataError(f"{stage.out}: {row['id']} was written twice")
             status[row["id"]] = row["status"]
-    missing = set(stage.rows["id"].to_pylist()) - set(status)
+    ids = set(stage.rows["id"].to_pylist())
+    if strange := sorted(status.keys() - ids):
+        raise DataError(f"{stage.out}: {strange[0]} is none of this job's rows: its files are mixed with another's")
+    missing = ids - status.keys()
     if missing:
         raise DataError(f"{stage.out}: {len(missing)} of {stage.rows.num_rows} rows are missing, e.g. {min(missing)}")
     bad = {k: v.removeprefix("refused: ") for k, v in sorted(status.items()) if v != OK}

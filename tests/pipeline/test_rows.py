@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlfseg.pipeline.rows import OK, Attempts, Row, Rows
+from rlfseg.errors import BadSample
+from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows
 from rlfseg.pipeline.stages import check_rows
 
 
@@ -15,16 +16,16 @@ class Killed(BaseException):
 
 
 def work(rows: Rows) -> Rows:
-    if any(row["id"] == "poison" for row in rows):
+    if any(row["id"].startswith("poison") for row in rows):
         raise Killed
     return [{"id": row["id"], "status": OK} for row in rows]
 
 
-def restart_until_done(attempts: Attempts, rows: Rows) -> tuple[int, Rows]:
-    """What Ray does with a batch whose actor died: a new actor, the same batch."""
+def restart_until_done(notes: Path, rows: Rows) -> tuple[int, Rows]:
+    """What Ray does with a batch whose process died: a new process, the same batch."""
     for deaths in range(10):
         try:
-            return deaths, attempts.guard(work, rows)
+            return deaths, Attempts(notes).guard(work, rows)
         except Killed:
             continue
     raise AssertionError("died for ever")
@@ -32,16 +33,49 @@ def restart_until_done(attempts: Attempts, rows: Rows) -> tuple[int, Rows]:
 
 def test_a_poison_sample_is_refused_after_two_deaths_alone_and_its_batch_survives(tmp_path: Path) -> None:
     rows: list[Row] = [{"id": name} for name in ("a", "poison", "b")]
-    deaths, done = restart_until_done(Attempts(tmp_path), rows)
+    deaths, done = restart_until_done(tmp_path, rows)
     assert deaths == 3  # once together, twice alone
     assert [row["id"] for row in done] == ["a", "poison", "b"]
     assert [row["status"] for row in done][::2] == [OK, OK]
     assert "died 3 times" in done[1]["status"]
 
 
+def test_two_poison_samples_in_a_batch_are_both_found(tmp_path: Path) -> None:
+    deaths, done = restart_until_done(tmp_path, [{"id": name} for name in ("poison-1", "a", "poison-2")])
+    assert deaths == 5  # once together, twice each alone
+    assert ["refused" in row["status"] for row in done] == [True, False, True]
+
+
 def test_work_that_ends_leaves_no_notes(tmp_path: Path) -> None:
     assert len(Attempts(tmp_path).guard(work, [{"id": "a"}, {"id": "b"}])) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_notes_of_living_processes_and_half_written_ones_blame_nobody(tmp_path: Path) -> None:
+    early = Attempts(tmp_path)
+    early.guard(work, [{"id": "a"}])
+    (tmp_path / "of-another.json").write_text('{"b": 1}')
+    (tmp_path / "half.json").write_text('{"c"')
+    calls: list[int] = []
+
+    def counted(rows: Rows) -> Rows:
+        calls.append(len(rows))
+        return work(rows)
+
+    early.guard(counted, [{"id": "b"}, {"id": "c"}])  # began before the note was there: its writer is alive
+    Attempts(tmp_path).guard(counted, [{"id": "c"}, {"id": "d"}])
+    assert calls == [2, 2]
+
+
+def test_a_bad_row_is_refused_and_the_others_go_on() -> None:
+    def half(row: Row) -> Row:
+        if row["n"] % 2:
+            raise BadSample("odd", file="numbers", sample=row["id"])
+        return {"id": row["id"], "half": row["n"] // 2}
+
+    done = RowByRow(half)([{"id": str(n), "n": n} for n in range(4)])
+    assert [row["status"] for row in done] == [OK, "refused: numbers [1]: odd", OK, "refused: numbers [3]: odd"]
+    assert [row.get("half") for row in done] == [0, None, 1, None]
 
 
 @pytest.mark.parametrize("rows", [[], [{"id": "a"}, {"id": "a"}], [{"id": "b"}]])

@@ -1,0 +1,271 @@
+"""Where pictures and phrases may come from: each way against what was put there."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from rlfseg.errors import BadSample, ConfigError, DataError
+from rlfseg.pipeline.pictures import Pictures, find, read_file
+
+Array = np.ndarray[Any, Any]
+ASK = ["red ring"]
+
+
+def picture(n: int) -> Array:
+    return np.random.default_rng(n).integers(256, size=(4 + n, 9, 3), dtype=np.uint8)
+
+
+def png(n: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture(n)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, n in (("a.png", 0), ("b.PNG", 1), ("deep/er/c.png", 2)):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(n))
+    (tmp_path / "photos" / "notes.txt").write_text("no picture")
+    (tmp_path / "photos" / ".hidden.png").write_bytes(png(3))
+    return tmp_path / "photos"
+
+
+def seen(found: Pictures) -> dict[str, tuple[Array, list[str]]]:
+    return {row["id"]: found.read(row) for row in found.rows.to_pylist()}
+
+
+def check(found: Pictures, numbers: list[int], phrases: list[list[str]]) -> None:
+    got = list(seen(found).values())
+    assert [own for _, own in got] == phrases
+    for (image, _), n in zip(got, numbers, strict=True):
+        np.testing.assert_array_equal(image, picture(n))
+
+
+# --- pictures ------------------------------------------------------------------------------------------------------
+
+
+def test_folder_glob_and_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(find(str(folder), ASK, "phrases"), [0, 1], [ASK] * 2)
+    check(find(f"{folder}/**/*.png", ASK, "phrases"), [0, 2], [ASK] * 2)
+    check(find(str(folder / "a.png"), ASK, "phrases"), [0], [ASK])
+    monkeypatch.chdir(folder)
+    assert list(seen(find("deep/er", ASK, "phrases"))) == [
+        str(folder / "deep/er/c.png")
+    ]  # whole: a worker stands elsewhere
+
+
+def test_a_folder_whose_name_looks_like_a_glob(folder: Path) -> None:
+    odd = folder / "holiday [1]*"
+    odd.mkdir()
+    (odd / "x.png").write_bytes(png(4))
+    check(find(str(odd), ASK, "phrases"), [4], [ASK])
+
+
+def test_one_kind_at_a_time(folder: Path) -> None:
+    (folder / "more.parquet").touch()
+    with pytest.raises(ConfigError, match="holds Parquet files and pictures: say which, by a glob"):
+        find(str(folder), ASK, "phrases")
+    check(find(str(folder / "*.png"), ASK, "phrases"), [0], [ASK])
+
+
+@pytest.mark.parametrize("source", ["", "/no/such/folder", "nothing*.png"])
+def test_nothing_there(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="names no picture"):
+        find(source, ASK, "phrases")
+
+
+def test_every_picture_has_something_to_look_for(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"phrases: empty, and .*a\.png brings none"):
+        find(str(folder), [], "phrases")
+
+
+def test_fingerprints_tell_pictures_and_phrases_apart(folder: Path) -> None:
+    first = find(str(folder), ASK, "phrases").fingerprint
+    assert first == find(f"{folder}/", ASK, "phrases").fingerprint
+    assert first != find(str(folder), ["blue ring"], "phrases").fingerprint
+    (folder / "new.jpg").write_bytes(png(5))
+    assert first != find(str(folder), ASK, "phrases").fingerprint
+
+
+def test_unknown_kinds_of_urls_are_told_in_a_line() -> None:
+    for url in ("nonsense://bucket/a.png", "abfs://container/a.png"):
+        with pytest.raises((ConfigError, DataError), match=url):
+            find(url, ASK, "phrases")
+
+
+# --- Parquet -------------------------------------------------------------------------------------------------------
+
+
+def table(file: Path, /, **columns: Any) -> str:
+    pq.write_table(pa.table(columns), file, row_group_size=2)
+    return str(file)
+
+
+def test_parquet_with_paths_and_their_own_phrases(folder: Path) -> None:
+    list_of = table(folder / "l.parquet", path=["a.png", str(folder / "b.PNG")], phrases=[["one"], ["two", " three "]])
+    check(find(list_of, [], "phrases"), [0, 1], [["one"], ["two", "three"]])
+    check(find(list_of, ASK, "phrases"), [0, 1], [["one", *ASK], ["two", "three", *ASK]])
+
+
+def test_parquet_with_a_row_a_phrase(folder: Path) -> None:
+    rows = table(folder / "r.parquet", path=["a.png", "b.PNG", "a.png"], sentence=["one", "two", "three"])
+    check(find(rows, ASK, "sentence"), [0, 1], [["one", "three", *ASK], ["two", *ASK]])
+    check(find(rows, ASK, "no such column"), [0, 1], [ASK, ASK])
+
+
+def test_parquet_that_holds_the_pictures(tmp_path: Path) -> None:
+    raw = table(tmp_path / "raw.parquet", image=[png(n) for n in range(5)], phrases=[[f"p{n}"] for n in range(5)])
+    check(find(raw, [], "phrases"), list(range(5)), [[f"p{n}"] for n in range(5)])
+    hub = table(tmp_path / "hub.parquet", image=[{"bytes": png(n), "path": "same.png"} for n in range(3)])
+    check(find(hub, ASK, "phrases"), [0, 1, 2], [ASK] * 3)
+    check(
+        find(str(tmp_path / "*.parquet"), ASK, "phrases"),
+        [0, 1, 2, 0, 1, 2, 3, 4],
+        [ASK] * 3 + [[f"p{n}", *ASK] for n in range(5)],
+    )
+    empty = find(table(tmp_path / "none.parquet", image=pa.array([None, b"junk"], pa.binary())), ASK, "phrases")
+    for row in empty.rows.to_pylist():
+        with pytest.raises(BadSample, match=r"none\.parquet#"):
+            empty.read(row)
+
+
+@pytest.mark.parametrize(
+    ("columns", "told"),
+    [
+        ({"name": ["a.png"]}, "needs `path` or `image`, and `phrases`.*it has name"),
+        ({"path": ["a.png"]}, "needs `path` or `image`, and `phrases`"),
+        ({"path": [None], "phrases": [["x"]]}, "row 0: None is no path"),
+        ({"path": [7], "phrases": [["x"]]}, "row 0: 7 is no path"),
+        ({"path": ["a\0.png"], "phrases": [["x"]]}, "is no path"),
+        ({"path": ["a.png", "b.png"], "phrases": [["x"], [" "]]}, "row 1: the phrase ' ' is empty"),
+        ({"path": ["a.png"], "phrases": [3]}, "row 0: 3 is no phrase"),
+        ({"path": ["a.png"], "phrases": [[None]]}, "row 0: the phrase '' is empty"),
+    ],
+)
+def test_bad_rows_of_parquet_are_named(tmp_path: Path, columns: Any, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        find(table(tmp_path / "bad.parquet", **columns), [], "phrases")
+
+
+def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
+    whole = Path(table(tmp_path / "a.parquet", path=["a.png"] * 50))
+    whole.write_bytes(whole.read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"a\.parquet: not a whole Parquet file"):
+        find(str(whole), ASK, "phrases")
+
+
+# --- HDF5 ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def authors(tmp_path: Path) -> Path:
+    """Two files as the paper's authors write them: no attributes, no index."""
+    for name, numbers in (("one.h5", (0, 1)), ("two.hdf5", (2,))):
+        with h5py.File(tmp_path / name, "w") as file:
+            for n in numbers:
+                group = file.create_group(f"id-{n}")
+                group["image"] = picture(n)
+                group.create_group("mask")[f"thing {n}"] = np.ones(picture(n).shape[:2], np.uint8)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("ray")
+def test_hdf5_of_anybody(authors: Path) -> None:
+    check(find(str(authors), [], "phrases"), [0, 1, 2], [["thing 0"], ["thing 1"], ["thing 2"]])
+    check(find(str(authors / "one.h5"), ASK, "phrases"), [0, 1], [ASK] * 2)
+    (authors / "three.h5").write_bytes((authors / "one.h5").read_bytes())
+    with pytest.raises(DataError, match="id-0 is there twice"):
+        find(str(authors), ASK, "phrases")
+    (authors / "three.h5").write_bytes(b"nothing")
+    with pytest.raises(BadSample, match=r"three\.h5"):
+        find(str(authors), ASK, "phrases")
+    with pytest.raises(ConfigError, match="HDF5 is read from local or mounted folders"):
+        find("memory://a.h5", ASK, "phrases") if _in_memory("a.h5") else None
+
+
+def _in_memory(name: str) -> bool:
+    import fsspec
+
+    fsspec.filesystem("memory").pipe(f"/{name}", b"x")
+    return True
+
+
+# --- S3 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    import logging
+
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("AWS_MAX_ATTEMPTS", "1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        fs = s3fs.S3FileSystem()
+        fs.mkdir("pictures")
+        yield fs
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.slow
+def test_pictures_and_lists_on_s3(bucket: Any, tmp_path: Path) -> None:
+    for n in range(3):
+        bucket.pipe(f"pictures/photos/{n}.png", png(n))
+    bucket.pipe("pictures/photos/readme.txt", b"no picture")
+    check(find("s3://pictures/photos", ASK, "phrases"), [0, 1, 2], [ASK] * 3)
+    check(find("s3://pictures/photos/[01].png", ASK, "phrases"), [0, 1], [ASK] * 2)
+    found = find("s3://pictures/photos", ASK, "phrases")
+    assert found.rows["id"].to_pylist()[0] == "s3://pictures/photos/0.png"
+
+    path = table(tmp_path / "l.parquet", path=["photos/2.png", "s3://pictures/photos/0.png"], phrases=["two", "zero"])
+    bucket.put(path, "pictures/l.parquet")
+    check(find("s3://pictures/l.parquet", [], "phrases"), [2, 0], [["two"], ["zero"]])
+    held = table(tmp_path / "h.parquet", image=[png(n) for n in range(3)])
+    bucket.put(held, "pictures/h.parquet")
+    check(find("s3://pictures/h.parquet", ASK, "phrases"), [0, 1, 2], [ASK] * 3)
+
+    with pytest.raises(ConfigError, match="names no picture"):
+        find("s3://pictures/none", ASK, "phrases")
+    with pytest.raises(BadSample, match=r"s3://pictures/gone\.png: can't be read"):
+        read_file({"id": "s3://pictures/gone.png", "captions": ASK})
+
+
+@pytest.mark.slow
+def test_a_server_that_is_gone_is_no_fault_of_the_picture(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    type(bucket).clear_instance_cache()
+    try:
+        _check_gone()
+    finally:
+        type(bucket).clear_instance_cache()
+
+
+def _check_gone() -> None:
+    with pytest.raises(DataError, match="start again, it goes on from here"):
+        read_file({"id": "s3://pictures/a.png", "captions": ASK})
+    with pytest.raises(DataError, match="can't be listed"):
+        find("s3://pictures/", ASK, "phrases")

@@ -1,0 +1,62 @@
+"""The progress line: on a terminal it tells rows, speed and time to go; in a log it says nothing."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+
+from rich.progress import Task
+
+from rlfseg.pipeline.progress import Progress, _Speed
+
+JOB = """
+import threading
+from rlfseg.pipeline.progress import Progress
+looks, seen = iter([40, 40, 60, 80, 100]), threading.Event()
+def count():
+    n = next(looks, 100)
+    if n == 100:
+        seen.set()
+    return n
+with Progress("predict", total=120, count=count, every=0.01):
+    seen.wait(30)
+"""
+
+
+def on_a_terminal(code: str) -> str:
+    leader, follower = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "100"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=follower, stdout=follower, env=environment) as job:
+        os.close(follower)
+        said = b""
+        while True:
+            try:
+                part = os.read(leader, 4096)
+            except OSError:  # the other end is closed
+                break
+            said += part
+        assert job.wait() == 0
+    os.close(leader)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
+
+
+def test_a_terminal_sees_rows_speed_and_time_to_go() -> None:
+    said = on_a_terminal(JOB)
+    assert "predict" in said
+    assert "100/120" in said
+    assert re.search(r"\d+\.\d images/s", said)
+    assert re.search(r"\d:\d\d:\d\d", said)
+
+
+def test_a_log_sees_nothing() -> None:
+    done = subprocess.run([sys.executable, "-c", JOB], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == done.stderr == ""
+
+
+def test_what_was_done_before_counts_for_no_speed() -> None:
+    task: Task = Progress("x", total=1000, count=lambda: 900).bar.tasks[0]
+    assert (task.completed, task.speed) == (900, None)
+    assert _Speed("images").render(task).plain == ""

@@ -1,0 +1,228 @@
+"""Stages on real Ray with works that need no model: the faults of Ray Data that others met, and what must overlap."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from ray import cloudpickle
+
+from rlfseg.config import PredictConfig, RefineConfig, SamConfig, WorkersConfig
+from rlfseg.errors import BadSample, ConfigError, DataError, ResourceError
+from rlfseg.pipeline import predict, refine, stages
+from rlfseg.pipeline.rows import OK
+from rlfseg.pipeline.stages import Stage, run_stage
+from tests.pipeline.works import (
+    Count,
+    Deadly,
+    Hopeless,
+    PaintBackwards,
+    PaintLast,
+    Unmade,
+    as_it_is,
+    deadly_count,
+    paint,
+    truth,
+)
+
+pytestmark = [pytest.mark.usefixtures("ray"), pytest.mark.timeout(1800)]
+SCHEMA = pa.schema([("id", pa.string()), ("status", pa.string()), ("value", pa.int64())])
+
+
+def stage(out: Path, count: int, **changes: Any) -> Stage:
+    rows = pa.table({"id": [str(n) for n in range(count)]})
+    plain = Stage(
+        name="count",
+        rows=rows,
+        load=paint,
+        work=Count,
+        schema=SCHEMA,
+        out=out,
+        run=WorkersConfig(batch_size=2),
+        identity={"count": count},
+        on_error="skip",
+    )
+    return replace(plain, **changes)
+
+
+def values(out: Path) -> dict[str, int]:
+    rows = [row for path in (out / "data").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    found = {row["id"]: row["value"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+# --- shapes and order ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("raydata-01")
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_pictures_of_different_sizes_and_a_last_batch_of_one(tmp_path: Path, batch_size: int) -> None:
+    summary = run_stage(stage(tmp_path / "out", 5, run=WorkersConfig(batch_size=batch_size)))
+    assert (summary.rows_in, summary.rows_out, summary.refused) == (5, 5, {})
+    assert values(tmp_path / "out") == {str(n): truth(n) for n in range(5)}
+
+
+@pytest.mark.fault("raydata-05")
+def test_results_are_joined_by_id_whatever_the_order(tmp_path: Path) -> None:
+    run = WorkersConfig(batch_size=2, loaders=3)
+    run_stage(stage(tmp_path / "out", 6, run=run, load=PaintBackwards(tmp_path, 3)))
+    assert values(tmp_path / "out") == {str(n): truth(n) for n in range(6)}
+
+
+# --- output folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("raydata-06")
+def test_a_folder_with_files_of_an_earlier_run(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    thousand = stage(out, 1000, run=WorkersConfig(batch_size=100))
+    # What a run that was killed while it wrote leaves behind: a file that no checkpoint vouches for
+    (out / "data").mkdir(parents=True)
+    stages.begin(tmp_path / "other", thousand.identity)
+    (tmp_path / "other" / "_STARTED.json").rename(out / "_STARTED.json")
+    half = pa.Table.from_pylist([{"id": str(n), "status": OK, "value": -1} for n in range(125)], schema=SCHEMA)
+    pq.write_table(half, out / "data" / "old_000000-0.parquet")
+    (out / "_checkpoint").mkdir()
+    pq.write_table(half.select(["id"]), out / "_checkpoint" / "old_000000.pending.parquet")
+
+    summary = run_stage(thousand)
+    assert (summary.rows_out, summary.resumed) == (1000, 0)
+    assert values(out) == {str(n): truth(n) for n in range(1000)}
+    before = sorted(path.name for path in (out / "data").iterdir())
+    assert run_stage(thousand).resumed == 1000
+    assert sorted(path.name for path in (out / "data").iterdir()) == before
+    with pytest.raises(DataError, match="other settings: count"):
+        run_stage(replace(thousand, identity={"count": 999}))
+
+
+def test_rows_of_another_job_are_not_counted_as_ours(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "data").mkdir(parents=True)
+    table = pa.Table.from_pylist([{"id": "x", "status": OK, "value": 1}], schema=SCHEMA)
+    pq.write_table(table, out / "data" / "a.parquet")
+    with pytest.raises(DataError, match="x is none of this job's rows"):
+        stages._account(stage(out, 0))
+
+
+# --- samples that kill --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("raydata-03")
+def test_a_sample_that_kills_its_process_is_named_and_the_others_are_written(tmp_path: Path) -> None:
+    """In a loader, in the only actor, and in the last step."""
+    deadly = stage(
+        tmp_path / "out",
+        9,
+        load=Deadly("1", paint),
+        work=deadly_count,
+        kwargs={"poison": "4"},
+        finish=Deadly("8", as_it_is),
+    )
+    summary = run_stage(deadly)
+    assert sorted(summary.refused) == ["1", "4", "8"]
+    assert all("its process died 3 times" in reason for reason in summary.refused.values())
+    done = values(tmp_path / "out")
+    assert {k: v for k, v in done.items() if k not in summary.refused} == {str(n): truth(n) for n in (0, 2, 3, 5, 6, 7)}
+    assert not (tmp_path / "out" / "_attempts").exists()
+
+
+def test_a_bad_sample_stops_the_job_that_is_told_to_stop(tmp_path: Path) -> None:
+    with pytest.raises(BadSample, match="never came"):
+        run_stage(stage(tmp_path / "out", 3, load=Hopeless(), on_error="stop"))
+    assert not (tmp_path / "out" / "_SUCCESS.json").exists()
+
+
+# --- what runs at the same time -----------------------------------------------------------------------------------
+
+
+def test_loading_work_finishing_and_writing_overlap(tmp_path: Path) -> None:
+    """Were they done one after the other, the first picture would wait for the last and the last for the first."""
+    summary = run_stage(stage(tmp_path / "out", 8, load=PaintLast(tmp_path / "out", 7), finish=as_it_is))
+    assert summary.refused == {}
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+
+class Spy(cloudpickle.CloudPickler):
+    """Finds tensors on their way to a worker."""
+
+    def __init__(self) -> None:
+        super().__init__(io.BytesIO(), protocol=5)
+        self.tensors: list[torch.Tensor] = []
+
+    def persistent_id(self, thing: Any) -> None:
+        if isinstance(thing, torch.Tensor):
+            self.tensors.append(thing)
+
+
+def sent(monkeypatch: pytest.MonkeyPatch, module: Any, config: Any) -> Stage:
+    caught: list[Stage] = []
+    monkeypatch.setattr(module, "run_stage", caught.append)
+    module.run(config)
+    return caught[0]
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from rlfseg.hdf5 import build_index, write_shard
+    from rlfseg.hdf5.samples import Labelled, Sample
+    from rlfseg.pipeline.folders import begin, finish
+
+    out = tmp_path_factory.mktemp("samples")
+    begin(out, {})
+    phrase = Labelled(caption="a", mask=np.ones((8, 8), np.uint8))
+    write_shard(out / "a.h5", [Sample(id="0", image=np.zeros((8, 8, 3), np.uint8), phrases=(phrase,))])
+    build_index(out)
+    finish(out, {}, {})
+    return out
+
+
+@pytest.mark.fault("raydata-10")
+def test_models_are_made_in_the_actor_and_a_missing_gpu_is_told(
+    tmp_path: Path, samples: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spy = Spy()
+    spy.dump(torch.zeros(2))
+    assert len(spy.tensors) == 1  # it would see one
+
+    refining = sent(monkeypatch, refine, RefineConfig(samples=str(samples), out=str(tmp_path / "r")))
+    predicting = sent(monkeypatch, predict, PredictConfig(images=str(samples), out=str(tmp_path / "p")))
+    for caught in (refining, predicting):
+        spy = Spy()
+        spy.dump((caught.load, caught.work, caught.kwargs, caught.finish))
+        assert spy.tensors == []
+        assert caught.gpus == 0  # this Ray has none
+
+    # A driver that sees a GPU, workers that don't
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    gpu = SamConfig(device="cuda")
+    with pytest.raises(ResourceError, match="device: cuda is asked for, this Ray has 0 GPUs"):
+        refine.run(RefineConfig(samples=str(samples), out=str(tmp_path / "r"), sam=gpu))
+    with pytest.raises(ResourceError, match="device: cuda"):
+        predict.run(PredictConfig(images=str(samples), out=str(tmp_path / "p"), device="cuda"))
+
+    # A cluster with GPUs whose workers are told to take none
+    monkeypatch.setattr(stages.ray, "cluster_resources", lambda: {"CPU": 8, "GPU": 2})
+    assert stages.gpus_per_worker(WorkersConfig(), "auto") == 1
+    assert stages.gpus_per_worker(WorkersConfig(), "cpu") == 0
+    assert stages.gpus_per_worker(WorkersConfig(gpus=0.5), "cuda") == 0.5
+    with pytest.raises(ResourceError, match=r"run\.gpus is 0\.0"):
+        stages.gpus_per_worker(WorkersConfig(gpus=0), "cuda")
+
+
+def test_where_it_ran_is_told(tmp_path: Path) -> None:
+    assert run_stage(stage(tmp_path / "out", 1)).where == "CPU"
+
+
+def test_an_error_in_the_making_of_the_work_is_one_of_ours(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such model"):
+        run_stage(stage(tmp_path / "out", 1, work=Unmade))
