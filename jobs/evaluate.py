@@ -1,11 +1,11 @@
-r"""Measure an adapter, or masks already made, at original size.
+r"""Measure an adapter, or predictions of any system, by named protocols.
 
-In: a folder of `prepare` with true masks; an adapter, or a folder of `predict`, `refine` or `prepare`.
-Out: OUT/results.json, results.md, iou_by_threshold.png, best.png, worst.png, an MLflow run.
+In: a folder of `prepare` with true masks; an adapter, or predictions in Parquet, HDF5 or PNGs.
+Out: OUT/results.json, results.md, curves.json, curves and overlays as PNGs, an MLflow run.
 
     ray job submit --working-dir . -- \
         python -m jobs.evaluate --adapter runs/a/train-1/adapter --samples runs/a/test --sampling.rescale aos \
-        --out runs/a/test-aos
+        --protocol '[rlfseg,clipseg]' --out runs/a/test-aos
 """
 
 import sys

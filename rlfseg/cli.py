@@ -76,11 +76,11 @@ COMMANDS: dict[str, Command] = {
     "evaluate": Command(
         settings=config.EvaluateConfig,
         module="rlfseg.pipeline.evaluate",
-        what="measure an adapter, or masks already made, at original size",
-        goes_in="a folder of `prepare` with true masks; an adapter, or a folder of `predict`, `refine` or `prepare`",
-        comes_out="OUT/results.json, results.md, iou_by_threshold.png, best.png, worst.png, an MLflow run",
+        what="measure an adapter, or predictions of any system, by named protocols",
+        goes_in="a folder of `prepare` with true masks; an adapter, or predictions in Parquet, HDF5 or PNGs",
+        comes_out="OUT/results.json, results.md, curves.json, curves and overlays as PNGs, an MLflow run",
         example="rlfseg evaluate --adapter runs/a/train-1/adapter --samples runs/a/test --sampling.rescale aos "
-        "--out runs/a/test-aos",
+        "--protocol '[rlfseg,clipseg]' --out runs/a/test-aos",
     ),
     "predict": Command(
         settings=config.PredictConfig,
@@ -136,6 +136,15 @@ COMMANDS: dict[str, Command] = {
         comes_out="OUT/NAME-00.png, -01.png ... a phrase each, OUT/NAME-overlay.png",
         example="rlfseg segment picture.jpg 'red ring' 'blue star' --out masks --url http://127.0.0.1:8000",
         positional={"image": "a picture", "phrases": "what to look for, one or more"},
+    ),
+    "bench": Command(
+        settings=config.BenchConfig,
+        module="rlfseg.pipeline.bench",
+        what="measure rlfseg's ways against the plain ones, as ratios in one run",
+        goes_in="nothing",
+        comes_out="a table, OUT/bench.json, an MLflow run",
+        example="rlfseg bench data --out runs/bench-data",
+        positional={"what": "what to measure: data, model, stages or sd"},
     ),
 }  # fmt: skip
 

@@ -4,6 +4,9 @@ Each field says what it means, its unit, and where its default comes from; "ours
 Imports neither torch nor ray, so that `--help` is quick.
 """
 
+from rlfseg.config.bench import (
+    BenchConfig,
+)
 from rlfseg.config.cluster import (
     SubmitConfig,
 )
@@ -69,6 +72,7 @@ __all__ = [
     "AuditConfig",
     "BackboneConfig",
     "BatchesConfig",
+    "BenchConfig",
     "CalibrateConfig",
     "EncodeConfig",
     "EvaluateConfig",

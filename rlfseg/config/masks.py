@@ -58,8 +58,9 @@ class EvaluateConfig:
     """What those PNGs hold; `auto` sees it, and refuses a file that may be either."""
     base_only: bool = False
     """Measure the adapter's base without the adapter."""
-    protocol: tuple[Literal["rlfseg", "clipseg", "phrasecut", "refer", "gres", "semseg"], ...] = ("rlfseg",)
-    """What to compute, all in one pass over the predictions; docs/evaluation.md says what each is."""
+    protocol: tuple[str, ...] | str = "rlfseg"
+    """What to compute, in one pass over the predictions: any of `rlfseg`, `clipseg`, `phrasecut`, `refer`, `gres`,
+    `semseg`, as a list or separated by commas; docs/evaluation.md says what each is."""
     clipseg_side: Literal[352, 384] = 352
     """For `clipseg`: side of the square in pixels; 352 as CLIPSeg, 384 as LD-ZNet."""
     present_only: bool = False
@@ -72,6 +73,8 @@ class EvaluateConfig:
     """How masks are sampled."""
     threshold: Fraction | None = None
     """Score above which a pixel is mask; null: the adapter's own, set by `calibrate`, and 0.5 for predictions."""
+    fast: FastConfig = Field(default_factory=FastConfig)
+    """How masks are computed faster, at some cost in quality: measure both."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes the GPU where there is one."""
     overlays: Natural = 8
@@ -82,6 +85,12 @@ class EvaluateConfig:
     """What a bad sample does to the job: stop it, or be counted and skipped."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """MLflow."""
+
+    @property
+    def protocols(self) -> tuple[str, ...]:
+        """`protocol` as names, each once, in order."""
+        names = self.protocol.split(",") if isinstance(self.protocol, str) else self.protocol
+        return tuple(dict.fromkeys(name.strip() for name in names))
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from operator import itemgetter
 
 import numpy as np
+from jaxtyping import Float32, UInt8
 from numpy.typing import NDArray
 from scipy import integrate
 
@@ -109,7 +110,9 @@ class ClipSeg(Additive):
         }
 
 
-def to_square(score: Score, truth: Mask, side: int = SIDE) -> tuple[Score, Mask]:
+def to_square(
+    score: Score, truth: Mask, side: int = SIDE
+) -> tuple[Float32[NDArray[np.float32], "S S"], UInt8[NDArray[np.uint8], "S S"]]:
     """A sample in CLIPSeg's frame: the true mask by nearest pixel, the scores bilinear with aligned corners.
 
     CLIPSeg stretches logits and takes the sigmoid after; where its network's own size is the square, as in its

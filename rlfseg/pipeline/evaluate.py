@@ -1,47 +1,73 @@
-"""Evaluate: an adapter, or masks already made, against true masks at original size. Sums add up, pixels stay put."""
+"""Evaluate: an adapter, or predictions already made, against true masks. Sums add up, pixels stay put.
+
+    load    CPU tasks    true masks, and the picture in the network's square or the predictions
+    work    actors       the networks alone; without an adapter they measure
+    finish  CPU tasks    scores at the picture's own size, and all protocols at once
+
+Out come sums, of every protocol and phrase a vector of whole numbers; `report.py` adds them up.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from rlfseg import adapter, draw, hdf5, images, metrics, tracking
+from rlfseg import adapter, images, metrics, tracking
 from rlfseg.config import EvaluateConfig, as_dict
-from rlfseg.errors import ConfigError, DataError
-from rlfseg.metrics import Sums
-from rlfseg.pipeline.folders import read_rows, require_finished, write_json
-from rlfseg.pipeline.rows import OK, Row, Rows, refused
+from rlfseg.errors import BadSample, ConfigError, DataError
+from rlfseg.metrics import PROTOCOLS, Argmax, SemSeg
+from rlfseg.pipeline import report
+from rlfseg.pipeline.predictions import LoadPredicted, find
+from rlfseg.pipeline.rows import OK, Row, RowByRow, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, Samples, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.results import checked_phrase
 
-if TYPE_CHECKING:  # imported where it is used: the driver needs no torch
+if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks need no networks
+    from torch import Tensor
+
     from rlfseg.segmenter import Segmenter
 
-MASK_THRESHOLD = 0.5  # for masks already made, whose scores are 0 and 1
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("status", pa.string()),
-        ("captions", pa.list_(pa.string())),
-        ("masks", pa.list_(pa.string())),  # COCO RLE counts of the predictions
-        ("iou", pa.list_(pa.float64())),
-        ("gamma", pa.list_(pa.float32())),
-        ("clipped", pa.int32()),  # phrases whose gamma ran into its limit
-        ("sums", pa.string()),  # JSON of `metrics.Sums`
-    ]
+Score = NDArray[np.float32]
+
+MASK_THRESHOLD = 0.5  # for predictions already made, where none is given
+MAX_CLASSES = 2000  # of `semseg`: LVIS has 1,203
+IDENTITY = (
+    *("adapter", "predictions", "png_values", "base_only", "sampling", "threshold"),
+    *("clipseg_side", "present_only", "resamples", "seed"),
 )
+KNOWN = (*PROTOCOLS, "semseg")
+COLUMNS = [
+    ("id", pa.string()),
+    ("status", pa.string()),
+    ("captions", pa.list_(pa.string())),
+    ("masks", pa.list_(pa.string())),  # COCO RLE counts of the predictions
+    ("iou", pa.list_(pa.float64())),
+    ("gamma", pa.list_(pa.float32())),
+    ("clipped", pa.int32()),  # phrases whose gamma ran into its limit
+    ("missing", pa.list_(pa.bool_())),  # phrases without a prediction
+    ("subsets", pa.list_(pa.list_(pa.string()))),  # to which each phrase belongs
+    ("n_classes", pa.int32()),  # among which `semseg` chose
+]
+
+
+def schema(protocols: Iterable[str]) -> pa.Schema:
+    """Columns of the output: those above, and for each protocol the vector of its sums a phrase, of `semseg` one."""
+    vector = pa.list_(pa.int64())
+    own = [(p, pa.list_(vector) if p in PROTOCOLS else vector) for p in protocols]
+    return pa.schema([*COLUMNS, *own])
 
 
 def run(config: EvaluateConfig) -> Summary:
-    """Measures and writes results.json, results.md, a curve and the best and worst overlays.
+    """Measures and writes results.json, results.md, curves and the best and worst overlays.
 
     Args:
         config: Settings of the command.
@@ -50,51 +76,90 @@ def run(config: EvaluateConfig) -> Summary:
         Counts, refusals and seconds.
 
     Raises:
-        ConfigError: Neither an adapter nor predictions are given, or both.
+        ConfigError: Neither an adapter nor predictions are given, or both; no or unknown protocols; too many classes.
         DataError: The samples or predictions are unfinished.
         ModelError: The adapter can't be loaded.
     """
     if (config.adapter is None) == (config.predictions is None):
         raise ConfigError(f"adapter: {config.adapter}, predictions: {config.predictions}; give exactly one of the two")
+    if unknown := [p for p in config.protocols if p not in KNOWN]:
+        raise ConfigError(f"protocol: {', '.join(map(repr, unknown))} unknown; the protocols are {', '.join(KNOWN)}")
+    if not config.protocols:
+        raise ConfigError(f"protocol: empty; give some of {', '.join(KNOWN)}")
     samples, out = open_samples(config.samples), Path(config.out).absolute()
-    settings = as_dict(config)
-    folder = adapter.resolve(config.adapter) if config.adapter else None
+    classes = _classes(samples) if "semseg" in config.protocols else ()
+    folder = adapter.resolve(config.adapter).absolute() if config.adapter else None
     source = None if config.predictions is None else Path(config.predictions).absolute()
-    rows = samples.rows if source is None else _with_predictions(samples, source)
+    found = None if source is None else find(samples.rows, source, classes)
+    settings, identity = as_dict(config), samples.identity
+    identity |= {k: settings[k] for k in IDENTITY} | {"autoencoder": config.fast.autoencoder}
+    identity |= {"protocol": list(config.protocols)}
+    identity |= {"card": None if folder is None else (folder / adapter.CARD).read_text()}
+    identity |= {"predicted": None if found is None else found.fingerprint}
     connect()
     summary = run_stage(
         Stage(
             name="evaluate",
-            rows=rows,
-            load=LoadTruth(samples.folder, source),
-            work=Evaluator,
-            kwargs={"config": config, "reference": None if folder is None else str(folder.absolute())},
-            schema=SCHEMA,
+            rows=samples.rows if found is None else found.rows,
+            **_steps(config, samples, folder, source, classes),
+            schema=schema(config.protocols),
             out=out,
             run=config.run,
-            gpus=gpus_per_worker(config.run, config.device) if folder else 0,
-            identity=samples.identity
-            | {k: settings[k] for k in ("adapter", "predictions", "base_only", "sampling", "threshold")}
-            | {"card": None if folder is None else (folder / adapter.CARD).read_text()},
+            identity=identity,
             on_error=config.on_error,
-            finalize=partial(_results, config, out),
+            finalize=partial(report.write, config, out, classes, 0 if found is None else found.unused),
         )
     )
-    _record(config, out, folder, samples)
-    figures = json.loads((out / "results.json").read_text())
+    figures = report.figures(json.loads((out / "results.json").read_text()))
+    _record(config, out, folder, samples, figures)
     return Summary(**{**vars(summary), "figures": figures})
 
 
-class LoadTruth:
-    """Index row -> image, captions and true masks; and predicted masks, where those lie in HDF5 too."""
+def _steps(
+    config: EvaluateConfig, samples: Samples, folder: Path | None, source: Path | None, classes: tuple[str, ...]
+) -> dict[str, Any]:
+    """What loads, works and finishes."""
+    if folder is None:
+        assert source is not None
+        given = MASK_THRESHOLD if config.threshold is None else config.threshold
+        return {
+            "load": LoadTruth(samples, LoadPredicted(source, config.png_values)),
+            "work": RowByRow,
+            "kwargs": {"function": Measure(config, given, classes)},
+        }
+    card = adapter.read_card(folder)
+    threshold = card.threshold if config.threshold is None else config.threshold
+    return {
+        "load": LoadTruth(samples, card.resolution),
+        "work": Scorer,
+        "kwargs": {"config": config, "classes": classes, "reference": str(folder)},
+        "finish": Measure(config, threshold, classes),
+        "gpus": gpus_per_worker(config.run, config.device),
+    }
 
-    def __init__(self, folder: Path, predictions: Path | None):
-        self.load = LoadSample(folder)
-        self.other, self.shards = None, {}
-        if predictions and (predictions / hdf5.INDEX).is_file():
-            index = hdf5.read_index(predictions)  # the same ids may lie in shards of other names
-            self.other = LoadSample(predictions)
-            self.shards = dict(zip(index["id"].to_pylist(), index["shard"].to_pylist(), strict=True))
+
+def _classes(samples: Samples) -> tuple[str, ...]:
+    """Every phrase of the set, sorted: for `semseg` each is a class."""
+    found = sorted({c for own in samples.rows["captions"].to_pylist() for c in own})
+    if len(found) > MAX_CLASSES:
+        raise ConfigError(
+            f"protocol: semseg takes every phrase of the set for a class, and {samples.folder} has {len(found)} "
+            f"different ones (limit {MAX_CLASSES}); leave semseg out"
+        )
+    return tuple(found)
+
+
+class LoadTruth:
+    """Index row -> captions, true masks, the subsets that they belong to; and the picture or the predictions.
+
+    Args:
+        samples: The set.
+        source: Side of the network's square, or what reads predictions.
+    """
+
+    def __init__(self, samples: Samples, source: int | LoadPredicted):
+        self.load, self.source = LoadSample(samples.folder), source
+        self.attributes = report.attributes(samples.rows)
 
     def __call__(self, row: Row) -> Row:
         """Reads one sample.
@@ -103,170 +168,179 @@ class LoadTruth:
             row: An index row.
 
         Returns:
-            The row with pixels and masks.
+            `id`, `size` (H, W), `captions`, `labels`, `subsets`; and `square` float32 [3, R, R], or `predicted`.
 
         Raises:
-            BadSample: It is damaged.
+            BadSample: It is damaged, or a phrase is empty.
         """
         loaded = self.load(row)
-        if self.other is not None:
-            shard = self.shards.get(row["id"])
-            found = self.other(row | {"shard": shard}) if shard else {"captions": [], "labels": []}
-            loaded["predicted"] = list(zip(found["captions"], found["labels"], strict=True))
-        elif "predicted_masks" in row:
-            size = loaded["image"].shape[:2]
-            masks = [None if m is None else images.rle_decode(m, size) for m in row["predicted_masks"] or ()]
-            loaded["predicted"] = list(zip(row["predicted_captions"] or (), masks, strict=True))
-        return loaded
+        image: NDArray[np.uint8] = loaded["image"]
+        size = (image.shape[0], image.shape[1])
+        counts = [None if i is None else len(i) for i in loaded["instances"]]
+        own = [[f"{a}_{row[a][n]}" for a in self.attributes] for n in range(len(counts))]
+        truth = {
+            "id": row["id"],
+            "size": size,
+            "captions": loaded["captions"],
+            "labels": loaded["labels"],
+            "subsets": [
+                [*report.subsets_of(mask, n), *more]
+                for mask, n, more in zip(loaded["labels"], counts, own, strict=True)
+            ],
+        }
+        if isinstance(self.source, LoadPredicted):
+            return truth | {"predicted": self.source(row, size)}
+        for caption in loaded["captions"]:
+            checked_phrase(caption)
+        return truth | {"square": images.image_to_tensor(image, self.source).numpy()}
 
 
-class Evaluator:
-    """The per-image work: holds one segmenter, or takes masks as they come.
+class Scorer:
+    """The networks: holds one segmenter.
 
     Args:
-        config: What to measure and how.
-        reference: Adapter folder; None: the rows bring `predicted`.
+        config: How masks are sampled, and what is measured.
+        classes: Of `semseg`, in their order.
+        reference: Adapter folder.
         segmenter: A loaded one, instead of `reference`.
     """
 
-    def __init__(self, config: EvaluateConfig, reference: str | None = None, segmenter: Segmenter | None = None):
-        self.config = config
-        self.segmenter = segmenter
-        if reference is not None:
+    def __init__(
+        self,
+        config: EvaluateConfig,
+        classes: tuple[str, ...] = (),
+        reference: str = "tiny",
+        segmenter: Segmenter | None = None,
+    ):
+        if segmenter is None:
             from rlfseg.segmenter import Segmenter
 
-            self.segmenter = Segmenter.load(reference, device=config.device, base_only=config.base_only)
+            segmenter = Segmenter.load(reference, device=config.device, base_only=config.base_only, fast=config.fast)
+        self.config, self.classes, self.segmenter = config, classes, segmenter
 
     def __call__(self, rows: Rows) -> Rows:
-        """Rows with `image`, `captions`, `labels` in; columns of SCHEMA out."""
-        if self.segmenter is None:
-            return [self._row(r, _matched(r), [0.0] * len(r["captions"]), 0, MASK_THRESHOLD) for r in rows]
-        results = self.segmenter.segment(
-            [r["image"] for r in rows],
-            [r["captions"] for r in rows],
-            sampling=self.config.sampling,
-            threshold=self.config.threshold,
-        )
-        threshold = self.segmenter.card.threshold if self.config.threshold is None else self.config.threshold
-        return [
-            refused(row, "the network gave NaN")
-            if any(r.failed for r in own)
-            else self._row(row, [r.score for r in own], [r.gamma for r in own], sum(r.clipped for r in own), threshold)
-            for row, own in zip(rows, results, strict=True)
-        ]
+        """Rows with `square` in; with `squares`, a Square a phrase, and `absent`, the best of absent classes, out."""
+        import torch
 
-    def _row(
-        self, row: Row, scores: list[NDArray[np.float32]], gamma: list[float], clipped: int, threshold: float
-    ) -> Row:
-        sums, ious, masks = Sums(), [], []
-        for score, truth in zip(scores, row["labels"], strict=True):
-            sums.add(score, truth, threshold)
-            mask = (score > threshold).astype(np.uint8)
-            ious.append(metrics.iou(mask, truth))
-            masks.append(images.rle_encode(mask))
-        return {
+        z1 = self.segmenter.encode_squares(torch.from_numpy(np.stack([row.pop("square") for row in rows])))
+        asked = [[checked_phrase(c) for c in row["captions"]] for row in rows]
+        found = self.segmenter.squares(z1, asked, sampling=self.config.sampling)
+        # a slice of the batch's scores would be sent with all of them
+        own = [[replace(s, score=s.score.cpu().clone()) for s in squares] for squares in found]
+        done = [row | {"status": OK, "squares": squares} for row, squares in zip(rows, own, strict=True)]
+        if "semseg" not in self.config.protocols or self.config.present_only:
+            return done
+        return [self._with_absent(row, latent[None]) for row, latent in zip(done, z1, strict=True)]
+
+    def _with_absent(self, row: Row, z1: Tensor) -> Row:
+        """Asks for the classes that the picture doesn't show; keeps of each pixel the best alone."""
+        best, most = Argmax(row["size"]), self.segmenter.max_batch
+        absent = [(n, c.strip()) for n, c in enumerate(self.classes) if c not in row["captions"] and c.strip()]
+        try:
+            for part in (absent[start : start + most] for start in range(0, len(absent), most)):
+                squares = self.segmenter.squares(z1, [[c for _, c in part]], sampling=self.config.sampling)[0]
+                for (label, _), square in zip(part, squares, strict=True):
+                    best.add(square.at(row["size"], 0).score, label)
+        except DataError as error:
+            return refused(row, error)
+        return row | {"absent": best}
+
+
+class Measure:
+    """Scores and true masks of a picture -> columns of `schema`.
+
+    Args:
+        config: What to measure.
+        threshold: Score above which a pixel is mask.
+        classes: Of `semseg`, in their order.
+    """
+
+    def __init__(self, config: EvaluateConfig, threshold: float, classes: tuple[str, ...] = ()):
+        self.config, self.threshold = config, threshold
+        self.labels = {caption: n for n, caption in enumerate(classes)}
+
+    def __call__(self, row: Row) -> Row:
+        """Measures one picture.
+
+        Args:
+            row: Of `Scorer`, or of `LoadTruth` with predictions.
+
+        Returns:
+            Columns of `schema`.
+
+        Raises:
+            BadSample: A score is NaN or outside [0, 1].
+        """
+        squares = [s.at(row["size"], self.threshold) for s in row.get("squares", ())]
+        if any(s.failed for s in squares):
+            raise BadSample("the network gave NaN", file="evaluate", sample=row["id"])
+        scores = [s.score for s in squares] if "squares" in row else _matched(row)
+        try:
+            done = self._measured(row, scores)
+        except DataError as error:
+            raise BadSample(str(error), file="evaluate", sample=row["id"]) from error
+        return done | {
+            "gamma": [s.gamma for s in squares] if squares else [0.0] * len(scores),
+            "clipped": sum(s.clipped for s in squares),
+        }
+
+    def _measured(self, row: Row, scores: list[Score | None]) -> Row:
+        given = [np.zeros(row["size"], np.float32) if s is None else s for s in scores]
+        masks = [(score > self.threshold).astype(np.uint8) for score in given]
+        done: Row = {
             "id": row["id"],
             "status": OK,
             "captions": row["captions"],
-            "masks": masks,
-            "iou": ious,
-            "gamma": gamma,
-            "clipped": clipped,
-            "sums": json.dumps(sums.to_dict()),
+            "masks": [images.rle_encode(mask) for mask in masks],
+            "iou": [metrics.iou(mask, truth) for mask, truth in zip(masks, row["labels"], strict=True)],
+            "missing": [s is None for s in scores],
+            "subsets": row["subsets"],
         }
-
-
-def _matched(row: Row) -> list[NDArray[np.float32]]:
-    """Predicted masks in the order of the true captions, as scores; what is missing counts as empty.
-
-    A caption that comes twice is matched in order.
-    """
-    waiting: dict[str, list[NDArray[np.uint8] | None]] = {}
-    for caption, mask in row.get("predicted", ()):
-        waiting.setdefault(caption, []).append(mask)
-    size, scores = row["image"].shape[:2], []
-    for caption in row["captions"]:
-        mask = waiting[caption].pop(0) if waiting.get(caption) else None
-        if mask is not None and mask.shape != size:
-            raise DataError(
-                f"{row['id']}: a predicted mask is {mask.shape}, the image {size}; predict at original size"
-            )
-        scores.append(np.zeros(size, np.float32) if mask is None else mask.astype(np.float32))
-    return scores
-
-
-def _with_predictions(samples: Samples, source: Path) -> pa.Table:
-    """The index with predicted masks beside it; rows without any get none."""
-    if (source / hdf5.INDEX).is_file():
-        require_finished(source)
-        return samples.rows
-    found = {r["id"]: r for r in read_rows(source, ["id", "captions", "masks"])}
-    rows = [found.get(i) for i in samples.rows["id"].to_pylist()]
-    text = pa.list_(pa.string())
-    table = samples.rows.append_column("predicted_captions", pa.array([r and r["captions"] for r in rows], text))
-    return table.append_column("predicted_masks", pa.array([r and r["masks"] for r in rows], text))
-
-
-# --- results ---------------------------------------------------------------------------------------------------------
-
-
-def _results(config: EvaluateConfig, out: Path, counts: Row) -> Row:
-    """Adds all sums, writes what people look at."""
-    whole, clipped, ranked = Sums(), 0, []
-    for row in _rows(out):
-        whole.merge(Sums.from_dict(json.loads(row["sums"])))
-        clipped += row["clipped"]
-        if row["iou"]:
-            ranked.append((sum(row["iou"]) / len(row["iou"]), row["id"]))
-    figures: Row = whole.results() | {
-        "n_images": len(ranked),
-        "n_refused": len(counts["refused"]),
-        "n_gamma_clipped": clipped,
-    }
-    write_json(out / "results.json", figures)
-    lines = [f"| {k} | {v:.4f} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in figures.items()]
-    (out / "results.md").write_text("\n".join(["| metric | value |", "|---|---|", *lines, ""]))
-    draw.iou_by_threshold(out / "iou_by_threshold.png", metrics.THRESHOLDS, {"mIoU": whole.miou_by_threshold()})
-    _overlays(config, out, sorted(ranked))
-    return counts
-
-
-def _overlays(config: EvaluateConfig, out: Path, ranked: list[tuple[float, str]]) -> None:
-    """A sheet with the worst and one with the best images: true masks beside predicted ones."""
-    if not config.overlays or not ranked:
-        return
-    samples = open_samples(config.samples)
-    load = LoadSample(samples.folder)
-    index = {r["id"]: r for r in samples.rows.to_pylist()}
-    predicted = {r["id"]: r for r in _rows(out)}
-    for name, chosen in (("worst", ranked[: config.overlays]), ("best", ranked[::-1][: config.overlays])):
-        cells = []
-        for _, image_id in chosen:
-            row, own = load(index[image_id]), predicted[image_id]
-            masks = [images.rle_decode(m, row["image"].shape[:2]) for m in own["masks"]]
-            notes = [f"{i:.2f}" for i in own["iou"]]
-            cells.append(
-                [
-                    draw.overlay(row["image"], row["labels"], row["captions"]),
-                    draw.overlay(row["image"], masks, row["captions"], notes=notes),
+        for protocol in self.config.protocols:
+            measure = partial(metrics.measure, protocol, clipseg_side=self.config.clipseg_side)
+            if protocol in PROTOCOLS:
+                done[protocol] = [
+                    measure(score, truth, self.threshold, missing=lost).vector()
+                    for score, truth, lost in zip(given, row["labels"], done["missing"], strict=True)
                 ]
-            )
-        draw.save(out / f"{name}.png", draw.contact_sheet(cells, titles=["truth", "predicted, with IoU"]))
+            else:
+                done |= self._semseg(row, given)
+        return done
+
+    def _semseg(self, row: Row, scores: list[Score]) -> Row:
+        """The picture's own classes against each other and those that it doesn't show."""
+        own = [self.labels[c] for c in row["captions"]]
+        best: Argmax = row.get("absent") or Argmax(row["size"])
+        for label, score in zip(own, scores, strict=True):
+            best.add(score, label)
+        asked = len(self.labels) if "absent" in row else len(set(own))
+        if not self.config.present_only:
+            for caption, given in row.get("predicted", ()):
+                if given is not None and caption in self.labels and caption not in row["captions"]:
+                    best.add(given, self.labels[caption])
+                    asked += 1
+        truth = metrics.true_labels(row["labels"], own, row["size"])
+        return {"semseg": SemSeg.of(best.labels, truth, len(self.labels)).vector(), "n_classes": asked}
 
 
-def _rows(out: Path) -> Iterator[Row]:
-    for path in sorted((out / "data").glob("*.parquet")):
-        yield from (row for row in pq.read_table(path).to_pylist() if row["status"] == OK)
+def _matched(row: Row) -> list[Score | None]:
+    """Predictions in the order of the true captions; None where there is none. A caption that comes twice: in order."""
+    waiting: dict[str, list[Score | None]] = {}
+    for caption, score in row["predicted"]:
+        waiting.setdefault(caption, []).append(score)
+    return [waiting[c].pop(0) if waiting.get(c) else None for c in row["captions"]]
 
 
-def _record(config: EvaluateConfig, out: Path, folder: Path | None, samples: Samples) -> None:
+def _record(
+    config: EvaluateConfig, out: Path, folder: Path | None, samples: Samples, figures: dict[str, float]
+) -> None:
     """An MLflow run, linked to the training that made the adapter."""
     parent = adapter.read_card(folder).run_id if folder else ""
     tags = {"rlfseg.stage": "evaluate", "rlfseg.samples": str(samples.folder)}
-    figures = json.loads((out / "results.json").read_text())
     with tracking.Run.start(
         config.tracking, params=as_dict(config), run_name=out.name, tags=tags, parent=parent or None
     ) as recorded:
         recorded.log_metrics({f"test/{k}": v for k, v in figures.items()})
-        for path in (*out.glob("*.png"), *out.glob("results.*")):
-            recorded.log_artifact(path, "evaluation")
+        for path in (*out.glob("*.png"), *out.glob("*.json"), *out.glob("results.md")):
+            if not path.name.startswith("_"):
+                recorded.log_artifact(path, "evaluation")

@@ -1,0 +1,15 @@
+r"""Measure rlfseg's ways against the plain ones, as ratios in one run.
+
+In: nothing.
+Out: a table, OUT/bench.json, an MLflow run.
+
+    ray job submit --working-dir . -- \
+        python -m jobs.bench data --out runs/bench-data
+"""
+
+import sys
+
+from rlfseg import cli
+
+if __name__ == "__main__":
+    sys.exit(cli.main("bench"))

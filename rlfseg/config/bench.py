@@ -1,0 +1,29 @@
+"""Settings of `rlfseg bench`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from rlfseg.config.parts import STRICT, PositiveInt, TrackingConfig
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class BenchConfig:
+    """Measures rlfseg's ways against the plain ones, as ratios in one run."""
+
+    what: Literal["data", "model", "stages", "sd"]
+    """`data`: measures, reading and evaluation; `model`: inference, training, selection, refinement; `stages`: Ray Data
+    against a loop; `sd`: what SD v1.5's full size costs."""
+    out: str = "runs/bench"
+    """Folder to write bench.json and files of the run to; an older bench.json is replaced."""
+    images: PositiveInt = 2000
+    """For `data`: pictures of 512 x 512 to read and to evaluate; they take 0.8 MB of disk each while it runs."""
+    rounds: PositiveInt = 3
+    """How often each way is measured, in turn; the median counts. A first round that doesn't count comes before."""
+    quick: bool = False
+    """For `model`, `stages` and `sd`: a small model, few images or small ones; to try the bench itself."""
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """MLflow."""

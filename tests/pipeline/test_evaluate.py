@@ -1,0 +1,382 @@
+"""Evaluation: the per-image work and the report by calling them, then the command on real Ray."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from rlfseg import cli, hdf5, images, metrics
+from rlfseg.config import EvaluateConfig
+from rlfseg.errors import ConfigError
+from rlfseg.metrics import PROTOCOLS, Argmax, PhraseCut, SemSeg
+from rlfseg.pipeline import evaluate, report
+from rlfseg.pipeline.evaluate import Measure, Scorer
+from rlfseg.pipeline.rows import Row, RowByRow
+from rlfseg.results import Square
+
+CLASSES = ("grass", "sky", "tree")
+ALL = (*PROTOCOLS, "semseg")
+
+
+def config(**settings: Any) -> EvaluateConfig:
+    given = {"samples": "nowhere", "out": "out", "predictions": "p", "protocol": ALL, "overlays": 0, "resamples": 50}
+    return EvaluateConfig(**{**given, **settings})
+
+
+def made(seed: int, n: int = 9) -> list[Row]:
+    """Rows as the loader gives them: masks apart from each other, predictions of which some are missing."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(n):
+        size = (int(rng.integers(5, 20)), int(rng.integers(5, 20)))
+        owner = rng.integers(-1, len(CLASSES), size=size)
+        captions = [c for k, c in enumerate(CLASSES) if (owner == k).any() and (i + k) % 4]
+        labels = [(owner == CLASSES.index(c)).astype(np.uint8) for c in captions]
+        scores = {c: np.clip(0.6 * (owner == k) + 0.5 * rng.random(size), 0, 1) for k, c in enumerate(CLASSES)}
+        predicted = [(c, s.astype(np.float32)) for c, s in scores.items() if (i, c) != (2, captions[:1])]
+        lost = captions[0] if captions and i % 3 == 2 else None
+        rows.append(
+            {
+                "id": f"i{i}",
+                "size": size,
+                "captions": captions,
+                "labels": labels,
+                "subsets": [report.subsets_of(m, k % 7) for k, m in enumerate(labels)],
+                "predicted": [(c, None if c == lost else s) for c, s in predicted],
+            }
+        )
+    return rows
+
+
+def written(rows: list[Row], out: Path, settings: EvaluateConfig, files: int = 3) -> Row:
+    """The report of rows that went through the evaluator."""
+    (out / "data").mkdir(parents=True)
+    done = RowByRow(Measure(settings, 0.5, CLASSES))(rows)
+    for n in range(files):
+        table = pa.Table.from_pylist(done[n::files], schema=evaluate.schema(settings.protocols))
+        pq.write_table(table, out / "data" / f"{n}.parquet")
+    refused = {r["id"]: r["status"] for r in done if r["status"] != "ok"}
+    report.write(settings, out, CLASSES, 4, {"refused": refused})
+    return dict(json.loads((out / "results.json").read_text()))
+
+
+def given(row: Row, caption: str) -> NDArray[np.float32] | None:
+    return next((s for c, s in row["predicted"] if c == caption), None)
+
+
+# --- without Ray --------------------------------------------------------------------------------------------------
+
+
+def test_one_pass_gives_every_protocol_what_it_gives_alone(tmp_path: Path) -> None:
+    rows = made(0)
+    got = written(rows, tmp_path, config())
+    pairs = [(r, given(r, c), t) for r in rows for c, t in zip(r["captions"], r["labels"], strict=True)]
+    assert got["denominator"]["n_missing_predictions"] == sum(s is None for _, s, _ in pairs) > 0
+    for protocol in PROTOCOLS:
+        whole = PROTOCOLS[protocol]()
+        for row, score, truth in pairs:
+            blank = np.zeros(row["size"], np.float32)
+            one = metrics.measure(protocol, blank if score is None else score, truth, 0.5, missing=score is None)
+            whole.merge(one)  # type: ignore[arg-type]
+        assert got["protocols"][protocol] == json.loads(json.dumps(whole.results())), protocol
+    assert {k: got[k] for k in got["protocols"]["rlfseg"]} == got["protocols"]["rlfseg"]
+    semseg = SemSeg.none(3)
+    for row in rows:
+        best = Argmax(row["size"])
+        for k, caption in enumerate(CLASSES):
+            score = given(row, caption)
+            best.add(np.zeros(row["size"], np.float32) if score is None else score, k)
+        truth = metrics.true_labels(row["labels"], [CLASSES.index(c) for c in row["captions"]], row["size"])
+        semseg.merge(SemSeg.of(best.labels, truth, 3))
+    assert got["protocols"]["semseg"] == json.loads(json.dumps(semseg.results()))
+    assert got["class_iou"] == dict(zip(CLASSES, semseg.iou().tolist(), strict=True))
+
+
+def test_subsets_add_up_to_the_whole(tmp_path: Path) -> None:
+    got = written(made(1, 12), tmp_path, config(protocol=("phrasecut", "rlfseg")))
+    for kind in ("size_", "instances_"):
+        parts = [own["rlfseg"] for name, own in got["subsets"].items() if name.startswith(kind)]
+        total = sum(p["n_samples"] for p in parts)
+        if kind == "size_":
+            assert total == got["n_samples"]
+            assert sum(p["n_samples"] * p["miou"] for p in parts) / total == pytest.approx(got["miou"])
+    assert all(set(own) == {"phrasecut", "rlfseg"} for own in got["subsets"].values())
+
+
+@pytest.mark.parametrize(
+    ("pixels", "instances", "names"),
+    [
+        (0, 0, ["size_empty"]),
+        (0, None, ["size_empty"]),
+        (19, 1, ["size_small", "instances_1"]),
+        (20, 2, ["size_mid", "instances_2_4"]),
+        (200, 4, ["size_mid", "instances_2_4"]),
+        (201, 5, ["size_large", "instances_5_up"]),
+    ],
+)
+def test_subsets_of_a_phrase(pixels: int, instances: int | None, names: list[str]) -> None:
+    mask = np.zeros(1000, np.uint8)
+    mask[:pixels] = 1
+    assert report.subsets_of(mask.reshape(20, 50), instances) == names
+
+
+def test_attributes_are_columns_with_few_texts_one_a_phrase() -> None:
+    texts = pa.list_(pa.string())
+    index = pa.table(
+        {
+            "id": ["a", "b"],
+            "captions": pa.array([["x", "y"], ["z"]], texts),
+            "type": pa.array([["stuff", "object"], ["object"]], texts),
+            "short": pa.array([["stuff"], ["object"]], texts),
+            "absent": pa.array([None, ["object"]], texts),
+        }
+    )
+    assert report.attributes(index) == ["type"]
+    many = pa.table({"captions": pa.array([["x"]] * 40, texts), "task": pa.array([[str(n)] for n in range(40)], texts)})
+    assert report.attributes(many) == []
+
+
+def test_intervals_hold_the_value_and_are_the_same_again(tmp_path: Path) -> None:
+    got = [written(made(2, 30), tmp_path / name, config(seed=s)) for name, s in (("a", 1), ("b", 1), ("c", 2))]
+    assert got[0]["intervals"] == got[1]["intervals"] != got[2]["intervals"]
+    low, high = got[0]["intervals"]["rlfseg"]["miou"]
+    assert low < got[0]["miou"] < high
+    assert got[0]["bootstrap"] == {"resamples": 50, "seed": 1, "level": 0.95, "unit": "image"}
+    none = written(made(2, 30), tmp_path / "d", config(resamples=0))
+    assert none["intervals"] == {}
+
+
+def test_an_image_without_phrases_is_counted_and_breaks_nothing(tmp_path: Path) -> None:
+    rows = made(3)
+    rows[0] |= {"captions": [], "labels": [], "subsets": []}
+    got = written(rows, tmp_path, config())
+    assert got["n_images"] == got["denominator"]["n_images"] == sum(bool(r["captions"]) for r in rows) < 9
+    assert got["denominator"]["n_images_without_phrases"] == 9 - got["n_images"]
+
+
+def test_a_bad_score_refuses_its_image_alone(tmp_path: Path) -> None:
+    rows = made(4)
+    rows[1]["predicted"][0][1][0, 0] = 7
+    done = RowByRow(Measure(config(), 0.5, CLASSES))(rows)
+    assert [r["status"] != "ok" for r in done] == [i == 1 for i in range(9)]
+    assert "1 of" in done[1]["status"]
+    got = written(rows, tmp_path, config())
+    assert got["n_refused"] == 1
+    assert got["denominator"]["n_skipped"] == 1
+
+
+def test_tables_and_curves_are_for_reading(tmp_path: Path) -> None:
+    got = written(made(5), tmp_path, config())
+    table = (tmp_path / "results.md").read_text()
+    for protocol in ALL:
+        assert f"\n| {protocol} | " in table
+    assert f"| gres | {got['protocols']['gres']['giou']:.4f} | {got['protocols']['gres']['ciou']:.4f} | " in table
+    assert "50 resamples, seed 42" in table
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert max(curves["miou"]["rlfseg"]) == got["best_miou"]
+    assert max(curves["miou"]["clipseg"]) == got["protocols"]["clipseg"]["miou_best"]
+    for name in ("iou_by_threshold.png", "precision_recall.png"):
+        assert images.load_image(tmp_path / name, name=name).std() > 0
+    flat = report.figures(got)
+    assert flat["miou"] == got["miou"]
+    assert flat["clipseg/ap_clipseg"] == got["protocols"]["clipseg"]["ap_clipseg"]
+    assert flat["rlfseg/miou_low"] <= flat["miou"] <= flat["rlfseg/miou_high"]
+    assert all(isinstance(v, int | float) for v in flat.values())
+
+
+class Echo:
+    """A segmenter whose scores are drawn from picture and phrase; counts what it is asked at a time."""
+
+    max_batch = 16
+
+    def __init__(self, bad: str = "") -> None:
+        self.asked, self.bad = [0], bad
+
+    def encode_squares(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels[:, :1]
+
+    def squares(self, z1: torch.Tensor, phrases: list[list[str]], *, sampling: Any) -> list[list[Square]]:
+        self.asked.append(len(phrases[0]) if len(phrases) == 1 else 0)
+        return [[self.square(z, p) for p in own] for z, own in zip(z1, phrases, strict=True)]
+
+    def square(self, z1: torch.Tensor, phrase: str) -> Square:
+        rng = np.random.default_rng([int(z1[0, 0, 0] * 100), *phrase.encode()])
+        score = torch.from_numpy(rng.random((8, 8)).astype(np.float32)) * (np.nan if phrase == self.bad else 1)
+        return Square(caption=phrase, score=score, gamma=0.1, clipped=phrase == "sky", truncated=False)
+
+
+def asked(n: int) -> list[Row]:
+    """Rows as the loader gives them for an adapter."""
+    rows = made(6, n)
+    for i, row in enumerate(rows):
+        row["square"] = np.full((3, 8, 8), (i + 1) / 100, np.float32)
+        del row["predicted"]
+    return rows
+
+
+@pytest.mark.parametrize("present_only", [True, False])
+def test_semseg_asks_an_adapter_for_absent_classes_too(present_only: bool) -> None:
+    classes = tuple(sorted({*CLASSES, *(f"class {n:02d}" for n in range(40))}))
+    echo, rows = Echo(), asked(2)
+    latents = [torch.from_numpy(row["square"])[:1] for row in rows]
+    settings = config(adapter="x", predictions=None, protocol=("semseg",), present_only=present_only)
+    scored = Scorer(settings, classes, segmenter=echo)(rows)  # type: ignore[arg-type]
+    done = RowByRow(Measure(settings, 0.5, classes))(scored)
+    for row, z1, got in zip(rows, latents, done, strict=True):
+        among = [c for c in classes if c in row["captions"] or not present_only]
+        assert got["n_classes"] == len(among)
+        stack = np.stack([echo.square(z1, c).at(row["size"], 0).score for c in among])
+        best = np.array([classes.index(c) for c in among], np.int32)[stack.argmax(axis=0)]
+        truth = metrics.true_labels(row["labels"], [classes.index(c) for c in row["captions"]], row["size"])
+        np.testing.assert_array_equal(got["semseg"], SemSeg.of(best, truth, len(classes)).vector())
+        assert got["gamma"] == [0.1] * len(row["captions"])
+        assert got["clipped"] == row["captions"].count("sky")
+        own = [echo.square(z1, c).at(row["size"], 0).score > 0.5 for c in row["captions"]]
+        assert got["iou"] == [metrics.iou(p, t) for p, t in zip(own, row["labels"], strict=True)]
+    assert max(echo.asked) <= echo.max_batch
+
+
+@pytest.mark.parametrize(("protocol", "bad"), [("rlfseg", "sky"), ("semseg", "absent")])
+def test_nan_refuses_its_picture_alone(protocol: str, bad: str) -> None:
+    classes, rows = (*CLASSES, "absent"), asked(6)
+    settings = config(adapter="x", predictions=None, protocol=(protocol,))
+    scored = Scorer(settings, classes, segmenter=Echo(bad))(rows)  # type: ignore[arg-type]
+    done = [r if r["status"] != "ok" else RowByRow(Measure(settings, 0.5, classes))([r])[0] for r in scored]
+    asked_bad = [bad in r["captions"] or protocol == "semseg" for r in asked(6)]
+    assert [r["status"] != "ok" for r in done] == asked_bad
+    assert any(asked_bad)
+    assert all("NaN" in r["status"] for r in done if r["status"] != "ok")
+
+
+@pytest.mark.parametrize("given", ["rlfseg,clipseg", "[rlfseg, clipseg]", "[rlfseg,clipseg,rlfseg]", "rlfseg, clipseg"])
+def test_protocols_may_be_written_either_way(given: str) -> None:
+    parsed = cli.parse("evaluate", ["--samples=a", "--out=b", f"--protocol={given}"])
+    assert parsed.protocols == ("rlfseg", "clipseg")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [("mIoU", "protocol: 'mIoU' unknown; the protocols are rlfseg, "), ("[]", "empty")]
+)
+def test_unknown_protocols_are_refused(given: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--samples=nowhere", "--out=b", "--adapter=tiny", f"--protocol={given}"]
+    assert cli.main("evaluate", flags) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_too_many_classes_are_no_classes() -> None:
+    captions = pa.array([[f"the {n}" for n in range(2001)]])
+    samples = SimpleNamespace(rows=pa.table({"captions": captions}), folder="runs/phrases")
+    with pytest.raises(ConfigError, match="has 2001 different ones"):
+        evaluate._classes(samples)  # type: ignore[arg-type]
+
+
+# --- with Ray -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory, ray: None) -> Path:
+    """Ten drawn scenes and 16-bit scores of another system for them, one of which is missing."""
+    out = tmp_path_factory.mktemp("evaluate")
+    assert cli.main("prepare", [f"--out={out / 'test'}", "--shapes.count=10", "--images_per_shard=4"]) == 0
+    rng = np.random.default_rng(0)
+    lines = []
+    (out / "theirs").mkdir()
+    for row in hdf5.read_index(out / "test").to_pylist():
+        for n, phrase in enumerate(hdf5.read_sample(out / "test" / row["shard"], row["id"]).phrases):
+            score = np.clip(0.7 * phrase.mask + 0.4 * rng.random(phrase.mask.shape), 0, 1)
+            png = f"{row['id']}_{n}.png"
+            Image.fromarray((score * 65535).astype(np.uint16)).save(out / "theirs" / png)
+            lines.append({"id": row["id"], "phrase": phrase.caption, "png": png})
+    (out / "theirs" / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
+    return out
+
+
+@pytest.mark.timeout(1800)
+def test_another_systems_scores_by_every_protocol(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = [
+        f"--samples={scenes / 'test'}",
+        f"--predictions={scenes / 'theirs'}",
+        f"--protocol={','.join(ALL)}",
+        f"--out={scenes / 'out'}",
+        f"--tracking.uri=sqlite:///{scenes / 'mlflow.db'}",
+        "--overlays=2",
+        "--resamples=100",
+    ]
+    assert cli.main("evaluate", flags) == 0
+    got = json.loads((scenes / "out" / "results.json").read_text())
+    whole, lost = {p: PROTOCOLS[p]() for p in PROTOCOLS}, True
+    for row in hdf5.read_index(scenes / "test").to_pylist():
+        for n, phrase in enumerate(hdf5.read_sample(scenes / "test" / row["shard"], row["id"]).phrases):
+            levels = np.array(Image.open(scenes / "theirs" / f"{row['id']}_{n}.png"))
+            score = levels.astype(np.float32) / 65535 * (not lost)
+            for protocol, sums in whole.items():
+                sums.merge(metrics.measure(protocol, score, phrase.mask, 0.5, missing=lost))  # type: ignore[arg-type]
+            lost = False
+    assert {p: got["protocols"][p] for p in PROTOCOLS} == json.loads(
+        json.dumps({p: sums.results() for p, sums in whole.items()})
+    )
+    assert isinstance(whole["phrasecut"], PhraseCut)
+    assert got["denominator"]["n_missing_predictions"] == whole["phrasecut"].n_missing == 1
+    assert got["denominator"]["n_evaluated"] == got["n_samples"]
+    assert {p.name for p in (scenes / "out").glob("*.png")} >= {"best.png", "worst.png", "precision_recall.png"}
+    capsys.readouterr()
+    assert cli.main("evaluate", flags) == 0
+    assert "10 of them done before" in capsys.readouterr().out
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{scenes / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("rlfseg")
+    assert experiment is not None
+    logged = client.search_runs([experiment.experiment_id])[0]
+    assert logged.data.metrics["test/clipseg/ap_clipseg"] == got["protocols"]["clipseg"]["ap_clipseg"]
+    assert logged.data.metrics["test/miou"] == got["miou"]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("ingest-04")
+def test_what_was_skipped_is_in_the_denominators_note(tmp_path: Path, ray: None) -> None:
+    """Three pictures are missing on disk, two phrases have no mask; one mask has three sentences."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    mask = np.zeros((20, 30), np.uint8)
+    mask[5:15, 5:15] = 255
+    lines = []
+    for name in ("here", "gone1", "gone2", "gone3", "bare1", "bare2", "other"):
+        if not name.startswith("gone"):
+            Image.new("RGB", (30, 20), "teal").save(folder / f"{name}.png")
+        if not name.startswith("bare"):
+            Image.fromarray(mask).save(folder / f"{name}_mask.png")
+        sentences = ["the dog", "dog on the left", "left"] if name == "here" else ["thing"]
+        lines += [{"image": f"{name}.png", "phrase": s, "mask": f"{name}_mask.png"} for s in sentences]
+    (folder / "phrases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--source=folder", f"--path={folder}", "--on_error=skip", f"--out={tmp_path / 'samples'}"]
+    assert cli.main("prepare", flags) == cli.REFUSED_SOME
+    code = cli.main(
+        "evaluate",
+        [
+            f"--samples={tmp_path / 'samples'}",
+            f"--predictions={tmp_path / 'samples'}",
+            "--protocol=[refer,phrasecut]",
+            f"--out={tmp_path / 'out'}",
+            "--tracking.enabled=false",
+            "--overlays=0",
+        ],
+    )
+    assert code == 0
+    got = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert got["protocols"]["refer"]["n_samples"] == got["denominator"]["n_evaluated"] == 4
+    assert got["protocols"]["refer"]["miou"] == got["protocols"]["phrasecut"]["miou"] == 1
+    assert got["denominator"]["n_images"] == 2
+    assert got["denominator"]["n_skipped"] == 5
+    assert sum(got["denominator"]["skipped_in_prepare"].values()) == 5
+    assert "n_skipped | 5" in (tmp_path / "out" / "results.md").read_text()
