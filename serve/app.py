@@ -48,7 +48,7 @@ def app(args: dict[str, Any]) -> serve.Application:
 
 def build(config: ServeConfig) -> serve.Application:
     """The application by its settings; the same errors as `app`."""
-    config = _resolved(config)
+    config = resolved(config)
     most, limits = config.max_replicas or config.replicas, config.limits
     check_budget("serve", most * config.cpus + config.fronts, most * (config.gpus or 0))
     common: dict[str, Any] = {
@@ -115,9 +115,9 @@ def run(config: ServeConfig) -> None:
         ResourceError: The machine is too small.
     """
     local = config.host in LOOPBACK
-    if config.auth == "off" and not local:
-        raise ConfigError(f"auth: off on {config.host}, which others can reach; use auth=keys with a keys_file")
-    auth = config.auth or ("off" if local else "keys")
+    if config.auth is False and not local:
+        raise ConfigError(f"auth: off on {config.host}, which others can reach; use auth=on with a keys_file")
+    auth = not local if config.auth is None else config.auth
     config = dataclasses.replace(config, auth=auth, hosts=tuple(dict.fromkeys([*config.hosts, config.host])))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -133,7 +133,9 @@ def run(config: ServeConfig) -> None:
     serve.start(http_options={"host": config.host, "port": config.port})
     try:
         serve.run(build(config), name=NAME)
-        print(f"rlfseg: http://{config.host}:{config.port} (auth: {auth}); stop with Ctrl-C", flush=True)
+        print(
+            f"rlfseg: http://{config.host}:{config.port} (auth {'on' if auth else 'off'}); stop with Ctrl-C", flush=True
+        )
         stop.wait()
         print("rlfseg: finishing what is in work", flush=True)
         serve.delete(NAME)  # waits for requests in work, at most drain_s
@@ -142,12 +144,12 @@ def run(config: ServeConfig) -> None:
         ray.shutdown()
 
 
-def _resolved(config: ServeConfig) -> ServeConfig:
+def resolved(config: ServeConfig) -> ServeConfig:
     """Settings with what only the cluster or this directory can say; refuses what can't work."""
-    auth = config.auth or "keys"
-    if auth == "keys" and not config.keys_file:
+    auth = config.auth is not False
+    if auth and not config.keys_file:
         raise ConfigError("keys_file: null: give a file with an API key a line, or auth=off where nobody else can ask")
-    if auth == "keys":
+    if auth:
         Keys(config.keys_file or "")  # in time to say what is wrong with it
     if not config.models:
         raise ConfigError("models: {}: give at least one, such as {tiny: tiny}")

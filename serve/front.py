@@ -112,7 +112,7 @@ class Front:
             catalog=catalog,
             work=Work(config, catalog, self.model.ask, meters),
             batches=batches,
-            keys=Keys(config.keys_file or "") if config.auth == "keys" else None,
+            keys=Keys(config.keys_file or "") if config.auth else None,
             ready=self.model.ready,
             meters=meters,
         )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from rlfseg.config.parts import (
@@ -19,13 +19,6 @@ from rlfseg.config.parts import (
 )
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-
-
-def _off(value: Any) -> Any:
-    """YAML reads a bare `off` as false."""
-    return "off" if value is False else value
-
-
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
@@ -103,9 +96,9 @@ class ServeConfig:
     0 where no GPU is free for one: then requests wait in the queue meanwhile."""
     drain_s: Positive = 30.0
     """Seconds that requests in work have to finish when a replica is stopped."""
-    auth: Annotated[Literal["keys", "off"] | None, BeforeValidator(_off)] = None
-    """`keys`: every request but health checks and the page names one of `keys_file`. Null: `off` for `rlfseg serve` on
-    a loopback address, else `keys`."""
+    auth: bool | None = None
+    """`on`: every request but health checks and the page names a key of `keys_file`; `off`: none does. Null: off for
+    `rlfseg serve` on a loopback address, else on."""
     keys_file: str | None = None
     """File with an API key a line, `#` begins a comment; read again when it changes. Its content is never logged."""
     hosts: tuple[str, ...] = LOOPBACK

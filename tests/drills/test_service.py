@@ -62,7 +62,7 @@ class Clients:
             time.sleep(0.2)
 
 
-SETTINGS: dict[str, Any] = {"device": "cpu", "auth": "off", "replicas": 2, "fronts": 2, "batch_size": 4, "cache_mb": 1}
+SETTINGS: dict[str, Any] = {"device": "cpu", "auth": False, "replicas": 2, "fronts": 2, "batch_size": 4, "cache_mb": 1}
 
 
 @pytest.mark.parametrize("deployment", ["Model", "Front"])

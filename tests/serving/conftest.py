@@ -51,7 +51,7 @@ def service(
         "models": {"tiny": "tiny", "other": str(other_adapter)},
         "device": "cpu",
         "resident": 1,
-        "auth": "keys",
+        "auth": True,
         "keys_file": str(keys),
         "limits": {"body_mb": 12, "phrases": 5, "images": 8, "queue": 16, "requests": 32},
         "batches": {"out": str(folder / "batches"), "roots": [str(pictures)]},

@@ -71,7 +71,7 @@ def build(
     meters: Meters | None = None,
     **settings: Any,
 ) -> FastAPI:
-    config = ServeConfig(**({"limits": LIMITS, "auth": "off"} | settings))
+    config = ServeConfig(**({"limits": LIMITS, "auth": False} | settings))
     catalog, meters = Catalog(config.models), meters or Counted()
     work = Work(config, catalog, ask, meters)
     return build_api(config, catalog=catalog, work=work, batches=None, keys=keys, ready=ready, meters=meters)

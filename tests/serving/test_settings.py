@@ -13,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 from rlfseg import cli
 from rlfseg.config import ServeConfig
 from rlfseg.errors import ConfigError
-from serve.app import _resolved, run, settings
+from serve.app import resolved, run, settings
 
 
 def test_nested_and_dotted_arguments_are_the_same() -> None:
@@ -43,31 +43,31 @@ def test_typos_are_refused_by_field(args: dict[str, Any], message: str) -> None:
     ("config", "message"),
     [
         ({}, "keys_file: null"),
-        ({"auth": "keys", "keys_file": "/nowhere/keys"}, "keys_file: /nowhere/keys"),
-        ({"auth": "off", "models": {}}, "models"),
-        ({"auth": "off", "batches": {"out": "/nowhere"}}, "batches.roots"),
+        ({"auth": True, "keys_file": "/nowhere/keys"}, "keys_file: /nowhere/keys"),
+        ({"auth": False, "models": {}}, "models"),
+        ({"auth": False, "batches": {"out": "/nowhere"}}, "batches.roots"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_starts(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        _resolved(ServeConfig(gpus=0, device="cpu", **config))
+        resolved(ServeConfig(gpus=0, device="cpu", **config))
 
 
 def test_an_open_service_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"auth: off on 0\.0\.0\.0"):
-        run(ServeConfig(auth="off", host="0.0.0.0"))
+        run(ServeConfig(auth=False, host="0.0.0.0"))
 
 
 def test_a_key_file_without_keys_is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("# none yet\n\n")
     with pytest.raises(ConfigError, match="holds no key"):
-        _resolved(ServeConfig(gpus=0, device="cpu", keys_file=str(tmp_path / "keys")))
+        resolved(ServeConfig(gpus=0, device="cpu", keys_file=str(tmp_path / "keys")))
 
 
 def test_a_bare_off_of_yaml_is_off(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("auth: off\n")
     for flags in (["--auth=off"], [f"--config={tmp_path / 'a.yaml'}"]):
-        assert cli.parse("serve", flags).auth == "off"
+        assert cli.parse("serve", flags).auth is False
 
 
 def test_flags_of_the_command() -> None:
@@ -113,7 +113,7 @@ def test_the_cluster_file_says_only_what_serve_and_we_understand(root: Path) -> 
     ServeDeploySchema.model_validate(tree)
     [application] = tree["applications"]
     config = settings(application["args"])
-    assert config.auth == "keys"
+    assert config.auth is True
     assert application["import_path"] == "serve.app:app"
 
 
