@@ -16,22 +16,24 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from ray import serve
 
-from rlfseg.config import LimitsConfig, ServeConfig
+from rlfseg import images
+from rlfseg.config import BenchConfig, LimitsConfig, ServeConfig
 from rlfseg.errors import ServiceError
+from rlfseg.pipeline.bench import Row
+from rlfseg.pipeline.stages import connect
 from rlfseg.segmenter import Segmenter
-from serve.app import NAME, build
+from serve.app import NAME, build, resolved
 
 CLIENTS = (1, 4, 16, 64)
 PHRASES = ["red ring"]
 PICTURES = 64
+PAUSE_S = 0.05  # of a client after a 503
 HEADERS = {"Content-Type": "application/json"}
-Row = dict[str, Any]
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,32 +67,30 @@ class Load:
         return float(np.mean(self.batches)) if self.batches else float("nan")
 
 
-def rows(config: ServeConfig, *, seconds: float = 10.0) -> list[Row]:
+def measure(config: BenchConfig) -> list[Row]:
     """Starts the service three times and measures it.
 
     Args:
-        config: Settings of the service; on loopback and without a key.
-        seconds: Of each measurement.
+        config: Settings of the command: those of the service, and the seconds of each measurement.
 
     Returns:
-        Rows `name`, `ours`, `baseline`, `ratio`, `goal`, `unit`; a ratio is the better the larger it is.
+        Rows; a ratio is the better the larger it is.
     """
-    config = dataclasses.replace(config, auth="off", cache_mb=0.0)
-    bodies = [_body(n) for n in range(PICTURES)]
-    with running(config) as port:
-        ours = {n: load(port, bodies, clients=n, seconds=seconds) for n in CLIENTS}
-    with running(dataclasses.replace(config, batch_size=1)) as port:
+    connect()
+    ours = resolved(dataclasses.replace(config.serve, auth=False, cache_mb=0.0))
+    bodies, seconds = [_body(n) for n in range(PICTURES)], config.seconds
+    with running(ours) as port:
+        batched = {n: load(port, bodies, clients=n, seconds=seconds) for n in CLIENTS}
+    with running(dataclasses.replace(ours, batch_size=1)) as port:
         single = {n: load(port, bodies, clients=n, seconds=seconds) for n in CLIENTS}
-    found: list[Row] = []
-    for n in CLIENTS:
-        found += _speed(f"{n} clients", ours[n], single[n], goal=_goal(config, n))
-    found.append(_overhead(config, ours[1], seconds))
-    few = LimitsConfig(requests=config.batch_size, queue=config.batch_size)
-    with running(dataclasses.replace(config, limits=few)) as port:
+    few = LimitsConfig(requests=ours.batch_size, queue=ours.batch_size)
+    with running(dataclasses.replace(ours, limits=few)) as port:
         before = load(port, bodies, clients=1, seconds=seconds)
-        flood = load(port, bodies, clients=8 * config.batch_size, seconds=seconds)
+        flood = load(port, bodies, clients=8 * ours.batch_size, seconds=seconds)
         after = load(port, bodies, clients=1, seconds=seconds)
-    return found + _overload(before, flood, after)
+    serve.shutdown()
+    speeds = [row for n in CLIENTS for row in _speed(f"{n} clients", batched[n], single[n], goal=_goal(ours, n))]
+    return [*speeds, _overhead(ours, batched[1], seconds), *_overload(before, flood, after)]
 
 
 @contextmanager
@@ -149,17 +149,21 @@ def _client(
             if status == 200:
                 found.latencies.append(took)
                 found.batches.append(json.loads(text)["images"][0]["batch"])
+        if status != 200:
+            stop.wait(PAUSE_S)
     connection.close()
 
 
 def _speed(name: str, ours: Load, single: Load, *, goal: float | None) -> list[Row]:
-    good = ours.statuses[200] / max(1, sum(ours.statuses.values()))
-    found = [_row(f"{name}: requests", ours.per_second, single.per_second, goal=goal, unit="1/s")]
+    """Against batches of one picture."""
+    rate, alone = ours.per_second, single.per_second
+    found = [Row(name=f"{name}: requests", ours=rate, baseline=alone, ratio=rate / alone, goal=goal, unit="1/s")]
     for share in (50, 95, 99):
         mine, other = ours.percentile(share), single.percentile(share)
-        found.append(_row(f"{name}: p{share}", mine, other, ratio=other / mine, unit="ms"))
-    found.append(_row(f"{name}: pictures a batch", ours.fill, single.fill, unit=""))
-    found.append(_row(f"{name}: answered", 100 * good, 100, goal=1.0, unit="%"))
+        found.append(Row(name=f"{name}: p{share}", ours=mine, baseline=other, ratio=other / mine, goal=None, unit="ms"))
+    good = ours.statuses[200] / sum(ours.statuses.values())
+    found.append(Row(name=f"{name}: batch", ours=ours.fill, baseline=None, ratio=None, goal=None, unit="pictures"))
+    found.append(Row(name=f"{name}: answered", ours=100 * good, baseline=None, ratio=good, goal=1.0, unit="%"))
     return found
 
 
@@ -173,62 +177,43 @@ def _goal(config: ServeConfig, clients: int) -> float | None:
 def _overhead(config: ServeConfig, one: Load, seconds: float) -> Row:
     """A request of one client against the same call in this process."""
     segmenter = Segmenter.load(next(iter(config.models.values())), device=config.device, fast=config.fast)
-    pictures = [np.asarray(_picture(n)) for n in range(PICTURES)]
+    pictures = [_png(n) for n in range(PICTURES)]
     segmenter(pictures[0], PHRASES)
     took, until, n = [], time.perf_counter() + seconds, 0
     while time.perf_counter() < until:
         start, n = time.perf_counter(), n + 1
-        segmenter(pictures[n % PICTURES], PHRASES)
+        images.rle_encode(segmenter(pictures[n % PICTURES], PHRASES)[0].mask)
         took.append(time.perf_counter() - start)
-    here = float(np.percentile(took, 50)) * 1000
-    return _row(
-        "1 client: p50 against a call in process", one.percentile(50), here, ratio=here / one.percentile(50), unit="ms"
-    )
+    here, there = float(np.percentile(took, 50)) * 1000, one.percentile(50)
+    name = "1 client: p50, against the same call in process"
+    return Row(name=name, ours=there, baseline=here, ratio=here / there, goal=None, unit="ms")
 
 
 def _overload(before: Load, flood: Load, after: Load) -> list[Row]:
-    other = sum(n for status, n in flood.statuses.items() if status not in (200, 503))
+    """Nothing but 503 when it is asked too much, and the old latency afterwards."""
     if not flood.statuses[200]:
         raise ServiceError(f"under overload nothing was answered: {dict(flood.statuses)}")
-    refused = flood.statuses[503]
+    other = sum(n for status, n in flood.statuses.items() if status not in (200, 503))
+    refused, fine = flood.statuses[503] / flood.seconds, float(other == 0)
+    then, now = before.percentile(50), after.percentile(50)
     return [
-        _row("overload: answers that are neither 200 nor 503", other, 0, ratio=float(other == 0), goal=1.0, unit=""),
-        _row("overload: requests", flood.per_second, before.per_second, unit="1/s"),
-        _row("overload: refused with 503", refused / flood.seconds, 0, ratio=float(refused > 0), goal=1.0, unit="1/s"),
-        _row(
-            "overload: p50 of one client afterwards, against before",
-            after.percentile(50),
-            before.percentile(50),
-            ratio=before.percentile(50) / after.percentile(50),
-            goal=0.8,
-            unit="ms",
-        ),
+        Row(name="overload: neither 200 nor 503", ours=other, baseline=None, ratio=fine, goal=1.0, unit="answers"),
+        Row(name="overload: 503", ours=refused, baseline=None, ratio=None, goal=None, unit="1/s"),
+        Row(name="overload: 200", ours=flood.per_second, baseline=None, ratio=None, goal=None, unit="1/s"),
+        Row(name="1 client after overload: p50", ours=now, baseline=then, ratio=then / now, goal=0.8, unit="ms"),
     ]
 
 
-def _row(
-    name: str, ours: float, baseline: float, *, unit: str, ratio: float | None = None, goal: float | None = None
-) -> Row:
-    return {
-        "name": f"serve, {name}",
-        "ours": ours,
-        "baseline": baseline,
-        "ratio": (ours / baseline if baseline else float("nan")) if ratio is None else ratio,
-        "goal": goal,
-        "unit": unit,
-    }
-
-
 def _body(n: int) -> bytes:
-    buffer = io.BytesIO()
-    _picture(n).save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    data = base64.b64encode(_png(n)).decode("ascii")
     return json.dumps({"images": [{"data": data}], "phrases": PHRASES}).encode()
 
 
-def _picture(n: int) -> Image.Image:
+def _png(n: int) -> bytes:
     """A grey gradient with a coloured square, a different one each: what is on it costs nothing."""
     side = 512
     pixels = np.broadcast_to(np.linspace(0, 255, side, dtype=np.uint8)[:, None, None], (side, side, 3)).copy()
     pixels[n : n + 100, 2 * n : 2 * n + 100] = (200, n, 40)
-    return Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()

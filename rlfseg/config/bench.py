@@ -7,16 +7,17 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from rlfseg.config.parts import STRICT, PositiveInt, TrackingConfig
+from rlfseg.config.parts import STRICT, Positive, PositiveInt, TrackingConfig
+from rlfseg.config.serving import ServeConfig
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class BenchConfig:
     """Measures rlfseg's ways against the plain ones, as ratios in one run."""
 
-    what: Literal["data", "model", "stages", "sd"]
+    what: Literal["data", "model", "stages", "sd", "serve"]
     """`data`: measures, reading and evaluation; `model`: inference, training, selection, refinement; `stages`: Ray Data
-    against a loop; `sd`: what SD v1.5's full size costs."""
+    against a loop; `sd`: what SD v1.5's full size costs; `serve`: the service under load."""
     out: str = "runs/bench"
     """Folder to write bench.json and files of the run to; an older bench.json is replaced."""
     images: PositiveInt = 2000
@@ -25,5 +26,9 @@ class BenchConfig:
     """How often each way is measured, in turn; the median counts. A first round that doesn't count comes before."""
     quick: bool = False
     """For `model`, `stages` and `sd`: a small model, few images or small ones; to try the bench itself."""
+    serve: ServeConfig = Field(default_factory=ServeConfig)
+    """For `serve`: the service."""
+    seconds: Positive = 10.0
+    """For `serve`: of each of its measurements."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """MLflow."""

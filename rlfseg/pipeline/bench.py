@@ -1,6 +1,6 @@
 """Bench: what rlfseg's ways cost against the plain ones, as ratios in one run on one machine.
 
-A suite is a module `bench_NAME` beside this one with a function `measure(config) -> list[Row]`.
+A suite is a module with a function `measure(config) -> list[Row]`: `bench_NAME` beside this one, or `serve/bench.py`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def run(config: BenchConfig) -> Summary:
     """
     start, out = time.monotonic(), Path(config.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = importlib.import_module(f"rlfseg.pipeline.bench_{config.what}").measure(config)
+    suite = "serve.bench" if config.what == "serve" else f"rlfseg.pipeline.bench_{config.what}"
+    rows: list[Row] = importlib.import_module(suite).measure(config)
     here = machine()
     _show(config.what, rows, here)
     tree = {"what": config.what, "machine": here, "rows": [asdict(r) | {"verdict": r.verdict} for r in rows]}
