@@ -95,7 +95,7 @@ def main() -> None:
         latents="in memory", out=str(args.out), batch_size=args.batch, t_sampling=args.times, seed=args.seed,
         backbone=BackboneConfig(base=args.base, resolution=64, device="cpu"),
         lora=LoraConfig(rank=args.rank, targets=EVERY_LAYER, full=args.full),
-        optimizer=OptimizerConfig(lr=args.lr),
+        optimizer=OptimizerConfig(lr=args.lr, betas=(0.9, 0.99)),
     )  # fmt: skip
     backbone = Backbone.load(config.backbone, unet=build_unet() if args.scratch else None)
     latents = Latents(backbone, train, args.seed)
@@ -109,7 +109,7 @@ def main() -> None:
     average, clock = Average(backbone.velocity, args.decay), Clock(state.optimizer, args.lr, args.minutes)
     for step, batch in zip(clock, latents.batches(args.batch), strict=False):
         # The clock's learning rate, by time, in place of the config's
-        state.config = replace(config, optimizer=OptimizerConfig(lr=state.optimizer.param_groups[0]["lr"]))
+        state.config = replace(config, optimizer=replace(config.optimizer, lr=state.optimizer.param_groups[0]["lr"]))
         figures = state.step(batch)
         average.update(step)
         if step % 100 == 0:

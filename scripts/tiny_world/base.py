@@ -97,6 +97,7 @@ def schedule() -> dict[str, object]:
         "beta_end": 0.012,
         "beta_schedule": "scaled_linear",
         "clip_sample": False,
+        "steps_offset": 1,
     }
 
 

@@ -28,11 +28,13 @@ def copy_text(path: Path, target: Path) -> None:
 
 
 def main() -> None:
-    """Copies base, SAM and adapter."""
+    """Copies base, SAM, adapter and the tiny autoencoder, of those that were trained."""
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("--runs", type=Path, default=Path("runs/tiny_world"), help="folder of steps 1 to 4")
     runs = p.parse_args().runs
-    for part in ("base", "sam", "adapter"):
+    for part in ("base", "sam", "adapter", "autoencoder_tiny"):
+        if not (runs / part).is_dir():
+            continue  # what is shipped stays
         assets = ROOT / "rlfseg" / "assets" / part
         shutil.rmtree(assets, ignore_errors=True)
         for path in sorted((runs / part).rglob("*")):
@@ -41,7 +43,7 @@ def main() -> None:
                 halve(path, target)
             elif path.suffix in (".json", ".yaml", ".md", ".txt") and path.is_file():
                 copy_text(path, target)
-    for part in ("vae", "base", "sam", "adapter"):
+    for part in ("vae", "base", "sam", "adapter", "autoencoder_tiny"):
         log = runs / part / "log.jsonl"
         if log.is_file():
             (ROOT / "docs" / "tiny_world").mkdir(parents=True, exist_ok=True)
