@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from rlfseg import __version__
@@ -27,14 +27,16 @@ from serve.refusal import STATUS, Refusal
 from serve.schema import Options, Refused, SegmentAnswer, problems
 from serve.work import Work
 
-PAGE = Path(__file__).parent / "page.html"
-NO_PAGE = "<!doctype html><title>rlfseg</title><h1>rlfseg</h1>"
+PAGE = Path(__file__).parent / "page"
 NDJSON = "application/x-ndjson"
-# The page is one file: nothing is loaded from elsewhere, and no other site may frame it.
-PAGE_POLICY = (
-    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src 'self' data: blob:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+PAGE_HEADERS = {
+    # Nothing is loaded from elsewhere, nothing is inline, and no other site may frame it
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # after an update its parts must fit together
+}
 BatchId = Annotated[str, InPath(pattern="^[0-9a-f]{32}$")]
 
 
@@ -70,6 +72,7 @@ def build_api(
     _add_health(api, ready)
     _add_segment(api, config, catalog, work, ready, meters)
     _add_batches(api, batches)
+    _add_page(api)
     api.openapi = lambda: _openapi(api, needs_key=keys is not None)  # type: ignore[method-assign]
 
     @api.get("/v1/models", summary="The models that requests may name", responses=problems(401, 421))
@@ -77,15 +80,6 @@ def build_api(
         limits = config.limits
         asked = ("body_mb", "pixels", "images", "phrases", "phrase_chars", "steps", "deadline_s")
         return schema.Models(models=catalog.listed(), limits={name: getattr(limits, name) for name in asked})
-
-    @api.get("/", include_in_schema=False)
-    def page() -> HTMLResponse:
-        text = (
-            PAGE.read_text(encoding="utf-8")
-            if PAGE.is_file()
-            else "<!doctype html><title>rlfseg</title><h1>rlfseg</h1>"
-        )
-        return HTMLResponse(text, headers={"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"})
 
     return api
 
@@ -263,6 +257,18 @@ def _add_batches(api: FastAPI, batches: Batches | None) -> None:
     @api.delete("/v1/batches/{batch_id}", summary="Cancel a batch", responses=errors)
     async def cancel(batch_id: BatchId) -> schema.Batch:
         return await asyncio.to_thread(switched_on().cancel, batch_id)
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def _add_page(api: FastAPI) -> None:
+    def sender(file: Path) -> Callable[[], FileResponse]:
+        return lambda: FileResponse(file, headers=PAGE_HEADERS)
+
+    for file in PAGE.iterdir():
+        path = "/" if file.name == "page.html" else f"/page/{file.name}"
+        api.add_api_route(path, sender(file), include_in_schema=False, response_class=FileResponse)
 
 
 # --- OpenAPI ---------------------------------------------------------------------------------------------------------

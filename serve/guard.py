@@ -20,7 +20,6 @@ from serve.schema import Fault, Problem
 
 log = logging.getLogger("ray.serve")
 HEALTH = ("/healthz", "/readyz")  # load balancers ask by address and without a key
-PAGE = "/"
 JSON, FORM = "application/json", "multipart/form-data"
 MIB = 2**20
 
@@ -36,29 +35,37 @@ class Keys:
     """
 
     def __init__(self, path: str):
-        self.path, self.changed = Path(path), 0
+        self.path = Path(path)
         self.digests: list[bytes] = []
+        self.changed = self._changed()
         self._read()
 
     def know(self, given: str) -> bool:
         """Whether `given` is one of the keys; takes the same time whichever it is, and whether it is one."""
-        try:
-            if self.path.stat().st_mtime_ns != self.changed:
+        if (changed := self._changed()) != self.changed:
+            self.changed = changed
+            try:
                 self._read()
-        except (OSError, ConfigError):
-            log.exception("keys_file can't be read again; the keys known so far stay valid")
+            except ConfigError as error:
+                log.error("%s; the keys known so far stay valid", error)
         digest = hashlib.sha256(given.encode("utf-8", "surrogateescape")).digest()
         return bool(sum([hmac.compare_digest(digest, known) for known in self.digests]))  # a list: all are compared
 
+    def _changed(self) -> int:
+        try:
+            return self.path.stat().st_mtime_ns
+        except OSError:
+            return 0
+
     def _read(self) -> None:
         try:
-            changed, text = self.path.stat().st_mtime_ns, self.path.read_text(encoding="utf-8")
+            text = self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"keys_file: {self.path} can't be read: {type(error).__name__}") from None
         keys = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
         if not keys:
             raise ConfigError(f"keys_file: {self.path} holds no key; write one a line, or set auth=off")
-        self.digests, self.changed = [hashlib.sha256(key.encode()).digest() for key in keys], changed
+        self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
 
 class Guard:
@@ -90,10 +97,8 @@ class Guard:
     def _check(self, method: str, path: str, headers: Headers) -> None:
         if path not in HEALTH:
             self._check_host(headers.get("host", ""))
-            if path != PAGE and self.keys is not None and not self.keys.know(_given_key(headers)):
-                raise Refusal("unauthorized", "give a valid API key: `Authorization: Bearer KEY` or `X-API-Key: KEY`")
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
-            raise Refusal("host", "pages of other sites may not use this service")
+            if path != "/" and not path.startswith("/page/"):  # the page: links of other sites may lead to it
+                self._check_caller(headers)
         if method == "POST":
             kind = headers.get("content-type", "").partition(";")[0].strip().lower()
             taken = (JSON, FORM) if path == "/v1/segment" else (JSON,)
@@ -102,6 +107,12 @@ class Guard:
         length = headers.get("content-length", "0")
         if length.isdecimal() and int(length) > self.most_bytes:
             raise _too_many_bytes(self.most_bytes)
+
+    def _check_caller(self, headers: Headers) -> None:
+        if self.keys is not None and not self.keys.know(_given_key(headers)):
+            raise Refusal("unauthorized", "give a valid API key: `Authorization: Bearer KEY` or `X-API-Key: KEY`")
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+            raise Refusal("host", "pages of other sites may not use this service")
 
     def _check_host(self, host: str) -> None:
         if not _is_allowed(host, self.config.hosts):
