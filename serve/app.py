@@ -18,10 +18,12 @@ import ray
 import yaml
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
+from ray.exceptions import RayError
 
 from rlfseg.config import LOOPBACK, ServeConfig, WorkersConfig
-from rlfseg.errors import ConfigError
+from rlfseg.errors import ConfigError, ServiceError
 from rlfseg.pipeline.stages import check_budget, gpus_per_worker
+from serve.catalog import Catalog
 from serve.front import Front
 from serve.guard import Keys
 from serve.incoming import wrong_fields
@@ -56,7 +58,7 @@ def build(config: ServeConfig) -> serve.Application:
         "max_constructor_retry_count": 3,  # a wrong model is an error, not a loop
         "backpressure_config": {"status_code": 503, "retry_after_s": limits.retry_after_s},
     }
-    model = serve.deployment(Model, name="Model").options(
+    model: Any = serve.deployment(Model).options(  # type: ignore[attr-defined]  # Serve's types know decorators alone
         **common,
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
         # twice a batch: the next one gathers while one is in the network
@@ -69,14 +71,15 @@ def build(config: ServeConfig) -> serve.Application:
             "target_ongoing_requests": config.batch_size,
         },
     )
-    front = serve.deployment(Front, name="Front").options(
+    front: Any = serve.deployment(Front).options(  # type: ignore[attr-defined]
         **common,
         num_replicas=config.fronts,
         max_surge_percent=100,
         max_ongoing_requests=limits.requests,
         max_queued_requests=limits.requests,
     )
-    return front.bind(config, model.bind(config))
+    application: serve.Application = front.bind(config, model.bind(config))
+    return application
 
 
 def settings(args: dict[str, Any]) -> ServeConfig:
@@ -122,17 +125,10 @@ def run(config: ServeConfig) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    if not os.environ.get("RAY_ADDRESS"):
-        room = 8 + (config.max_replicas or config.replicas) + config.fronts  # logical: a batch beside the service
-        # Batches need Ray's job server, which is its dashboard; without them there is none
-        ray.init(
-            num_cpus=max(room, os.cpu_count() or 1),
-            include_dashboard=config.batches.out is not None,
-            dashboard_host="127.0.0.1",
-        )
-    serve.start(http_options={"host": config.host, "port": config.port})
+    _join_ray(config)
     try:
-        serve.run(build(config), name=NAME)
+        application = build(config)
+        _start(application, config)
         print(
             f"rlfseg: http://{config.host}:{config.port} (auth {'on' if auth else 'off'}); stop with Ctrl-C", flush=True
         )
@@ -142,6 +138,28 @@ def run(config: ServeConfig) -> None:
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _join_ray(config: ServeConfig) -> None:
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few on a busy machine
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init()
+        return
+    room = 8 + (config.max_replicas or config.replicas) + config.fronts  # logical: a batch beside the service
+    # Batches need Ray's job server, which is its dashboard; without them there is none
+    with_jobs = config.batches.out is not None
+    ray.init(num_cpus=max(room, os.cpu_count() or 1), include_dashboard=with_jobs, dashboard_host="127.0.0.1")
+
+
+def _start(application: serve.Application, config: ServeConfig) -> None:
+    try:
+        serve.start(http_options={"host": config.host, "port": config.port})
+        serve.run(application, name=NAME)
+    except (RayError, RuntimeError) as error:  # Serve raises RuntimeError with a replica's whole traceback in it
+        cause = str(error).strip().splitlines()[-1]
+        raise ServiceError(
+            f"the service can't be started: {cause}; Ray's logs of this session have the rest"
+        ) from error
 
 
 def resolved(config: ServeConfig) -> ServeConfig:
@@ -155,10 +173,8 @@ def resolved(config: ServeConfig) -> ServeConfig:
         raise ConfigError("models: {}: give at least one, such as {tiny: tiny}")
     if config.batches.out and not config.batches.roots:
         raise ConfigError("batches.roots: empty: name the folders that batches may read, or leave batches.out away")
-    return dataclasses.replace(
-        config,
-        auth=auth,
-        gpus=gpus_per_worker(WorkersConfig(gpus=config.gpus), config.device),
-        # replicas and jobs work in other directories
-        models={n: r if r == "tiny" or ":" in r else str(Path(r).absolute()) for n, r in config.models.items()},
-    )
+    # replicas and jobs work in other directories
+    models = {n: r if r == "tiny" or ":" in r else str(Path(r).absolute()) for n, r in config.models.items()}
+    Catalog(models)
+    gpus = gpus_per_worker(WorkersConfig(gpus=config.gpus), config.device)
+    return dataclasses.replace(config, auth=auth, gpus=gpus, models=models)

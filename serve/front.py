@@ -56,7 +56,7 @@ class ModelClient:
         Raises:
             Refusal: The queue is full, the replica died, or the network failed.
         """
-        response = self.handle.options(multiplexed_model_id=name).segment.remote(name, ask)
+        response: Any = self.handle.options(multiplexed_model_id=name).segment.remote(name, ask)
         try:
             answer: Answer | Refusal = await response
         except asyncio.CancelledError:
@@ -75,7 +75,7 @@ class ModelClient:
         """Whether a model answers, or has just answered."""
         if time.monotonic() - self.answered < FRESH_S:
             return True
-        response = self.handle.ready.remote()
+        response: Any = self.handle.ready.remote()
         try:
             async with asyncio.timeout(PROBE_S):
                 await response

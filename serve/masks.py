@@ -12,11 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rlfseg import images
-from rlfseg.segmenter import Result
+from rlfseg.results import Result
 from serve import schema
+from serve.refusal import Refusal
+
+MOST_POINTS = 1_000_000
 
 
-def found(phrase: str, result: Result, output: schema.Output) -> schema.Found | schema.Unanswered:
+def found(phrase: str, result: Result, output: schema.Output) -> schema.Found:
     """One entry of an answer.
 
     Args:
@@ -25,11 +28,13 @@ def found(phrase: str, result: Result, output: schema.Output) -> schema.Found | 
         output: Form of the mask.
 
     Returns:
-        The mask with its figures, or why there is none: NaN is no mask.
+        The mask with its figures.
+
+    Raises:
+        Refusal: The network gave NaN, which is no mask, or the outline is too long.
     """
     if result.failed:
-        fault = schema.Fault(kind="failed", message="the network gave NaN for this phrase on this picture")
-        return schema.Unanswered(phrase=phrase, error=fault)
+        raise Refusal("failed", "the network gave NaN for this phrase on this picture")
     mask = result.mask
     return schema.Found(
         phrase=phrase,
@@ -61,7 +66,21 @@ def encode(mask: NDArray[np.uint8], result: Result, output: schema.Output) -> sc
         return schema.Png(data=_png(mask * np.uint8(255)))
     if output == "score":
         return schema.Score(data=_png(np.rint(result.score * 65535).astype(np.uint16)))
+    points = sum(int(np.count_nonzero(np.diff(mask, axis=axis))) for axis in (0, 1))
+    if points > MOST_POINTS:
+        raise Refusal(
+            "too_large", f"the outline has about {points} points, more than {MOST_POINTS}; ask for rle or png"
+        )
     return schema.Polygons(size=size, rings=rings(result.score, result.threshold))
+
+
+def length(mask: schema.Mask) -> int:
+    """Bytes that a mask takes in an answer, about."""
+    if isinstance(mask, schema.Rle):
+        return len(mask.counts)
+    if isinstance(mask, schema.Polygons):
+        return 16 * sum(len(line) for ring in mask.rings for line in (ring.outer, *ring.holes))
+    return len(mask.data)
 
 
 def rings(score: NDArray[np.float32], threshold: float) -> list[schema.Ring]:

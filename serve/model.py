@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor
 from rlfseg import adapter
 from rlfseg.config import FastConfig, SamplingConfig, ServeConfig
 from rlfseg.errors import RlfsegError
-from rlfseg.segmenter import Segmenter
 from serve.messages import Answer, Ask
 from serve.refusal import Refusal
+
+if TYPE_CHECKING:
+    from rlfseg.segmenter import Segmenter  # only replicas need networks: importing diffusers takes ten seconds
 
 log = logging.getLogger("ray.serve")
 FAILED = "the network failed on this picture; the server's log has the cause under this request's id"
@@ -36,6 +39,8 @@ class Loaded:
     @classmethod
     def load(cls, reference: str, *, device: str = "auto", fast: FastConfig | None = None) -> Loaded:
         """Loads an adapter by its reference, compiled for every size of batch if so set; raises ModelError."""
+        from rlfseg.segmenter import Segmenter
+
         folder = adapter.resolve(reference)
         segmenter = Segmenter.load(str(folder), device=device, fast=fast)
         if fast is not None and fast.compile:
@@ -163,8 +168,8 @@ class Model:
         """
         try:
             # Outside the batch: while a model is loaded, batches of others go on; and a picture holds on to its own
-            # model, even if that gives way to another meanwhile
-            loaded = await self.load(name)
+            # model, even if that gives way to another meanwhile. Loading goes on though who asked first goes away
+            loaded = await asyncio.shield(asyncio.ensure_future(self.load(name)))
         except RlfsegError:
             log.exception("model %s can't be loaded", name)
             return Refusal("failed", f"model {name!r} can't be loaded; the server's log has the cause")

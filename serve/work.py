@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,30 @@ from serve.refusal import Refusal
 from serve.schema import Fault, Found, ModelVersion, Options, Refused, Segmented, Timing, Unanswered
 
 log = logging.getLogger("ray.serve")
+THREADS = 4  # decoding and drawing take several times a picture's size in memory, each
 AskModel = Callable[[str, Ask], Awaitable[Answer]]
 Entries = list[Found | Unanswered]
 T = TypeVar("T")
+
+
+class Room:
+    """What is left of the size that an answer may have; several threads take from it.
+
+    Args:
+        most_mb: In MiB.
+    """
+
+    def __init__(self, most_mb: float):
+        self.most_mb, self.left, self.lock = most_mb, int(most_mb * 2**20), threading.Lock()
+
+    def take(self, size: int) -> None:
+        """Takes so many bytes; raises Refusal where they are not left."""
+        with self.lock:
+            if size > self.left:
+                raise Refusal(
+                    "too_large", f"the answer would be larger than {self.most_mb:g} MiB; ask for less at once"
+                )
+            self.left -= size
 
 
 class Work:
@@ -38,8 +60,7 @@ class Work:
 
     def __init__(self, config: ServeConfig, catalog: Catalog, ask: AskModel, meters: Meters):
         self.config, self.catalog, self.ask, self.meters = config, catalog, ask, meters
-        # Decoding and drawing take a picture's size in memory: a thread a core bounds how many at once
-        self.threads = ThreadPoolExecutor(os.cpu_count() or 1)
+        self.threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
 
     async def pictures(
         self, sources: Sequence[Source], options: Options, entry: Entry, until: float
@@ -56,9 +77,25 @@ class Work:
             An entry a picture, in the order in which they get ready.
         """
         gate = asyncio.Semaphore(self.config.batch_size)  # a large request fills a batch, not the whole queue
-        tasks = [
-            asyncio.create_task(self._entry(n, source, options, entry, gate, until)) for n, source in enumerate(sources)
-        ]
+        room = Room(self.config.limits.answer_mb)
+
+        async def one(index: int, source: Source) -> Segmented | Refused:
+            try:
+                async with asyncio.timeout_at(until), gate:
+                    return await self._segmented(index, source, options, entry, room)
+            except TimeoutError:
+                refusal = Refusal("deadline", f"images[{index}]: not done within {self.config.limits.deadline_s:g} s")
+            except Refusal as error:
+                refusal = error
+            except Exception:  # one picture must not fail the others, whatever it ran into
+                log.exception("images[%d] failed", index)
+                refusal = Refusal(
+                    "failed", f"images[{index}]: internal error; the server's log has it under this request's id"
+                )
+            self.meters.error(refusal.kind)
+            return Refused(index=index, name=source.name, error=Fault(kind=refusal.kind, message=refusal.message))
+
+        tasks = [asyncio.create_task(one(n, source)) for n, source in enumerate(sources)]
         try:
             for done in asyncio.as_completed(tasks):
                 yield await done
@@ -66,24 +103,7 @@ class Work:
             for task in tasks:
                 task.cancel()
 
-    async def _entry(
-        self, index: int, source: Source, options: Options, entry: Entry, gate: asyncio.Semaphore, until: float
-    ) -> Segmented | Refused:
-        where = f"images[{index}]"
-        try:
-            async with asyncio.timeout_at(until), gate:
-                return await self._segmented(index, source, options, entry)
-        except TimeoutError:
-            refusal = Refusal("deadline", f"{where}: not done within {self.config.limits.deadline_s:g} s")
-        except Refusal as error:
-            refusal = error
-        except Exception:  # one picture must not fail the others, whatever it ran into
-            log.exception("%s failed", where)
-            refusal = Refusal("failed", f"{where}: internal error; the server's log has it under this request's id")
-        self.meters.error(refusal.kind)
-        return Refused(index=index, name=source.name, error=Fault(kind=refusal.kind, message=refusal.message))
-
-    async def _segmented(self, index: int, source: Source, options: Options, entry: Entry) -> Segmented:
+    async def _segmented(self, index: int, source: Source, options: Options, entry: Entry, room: Room) -> Segmented:
         limits, clock = self.config.limits, [time.perf_counter()]
         picture = await self._in_thread(
             lambda: incoming.decode(source, f"images[{index}]", limits=limits, resolution=entry.card.resolution)
@@ -94,7 +114,7 @@ class Work:
         ask = Ask(key=picture.key, square=picture.square, phrases=good, sampling=sampling)
         answer = await self.ask(entry.name, ask)
         clock.append(time.perf_counter())
-        entries = await self._in_thread(lambda: self._draw(picture, answer, options))
+        entries = await self._in_thread(lambda: self._draw(picture, answer, options, room))
         clock.append(time.perf_counter())
         decode, asked, draw = (1000 * (b - a) for a, b in pairwise(clock))
         timing = Timing(
@@ -117,17 +137,21 @@ class Work:
             timing_ms=timing,
         )
 
-    def _draw(self, picture: Decoded, answer: Answer, options: Options) -> Entries:
+    def _draw(self, picture: Decoded, answer: Answer, options: Options, room: Room) -> Entries:
         limit = answer.threshold if options.threshold is None else options.threshold
         squares = iter(answer.squares)
         entries: Entries = []
-        for phrase in options.phrases:
-            fault = incoming.phrase_fault(phrase, self.config.limits)
-            if fault:
-                self.meters.error("invalid")
-                entries.append(Unanswered(phrase=phrase, error=Fault(kind="invalid", message=fault)))
-            else:  # one phrase at a time: scores of a large picture are large
-                entries.append(masks.found(phrase, next(squares).at(picture.size, limit), options.output))
+        for phrase in options.phrases:  # one at a time: scores of a large picture are large
+            try:
+                fault = incoming.phrase_fault(phrase, self.config.limits)
+                if fault:
+                    raise Refusal("invalid", fault)
+                found = masks.found(phrase, next(squares).at(picture.size, limit), options.output)
+                room.take(masks.length(found.mask))
+                entries.append(found)
+            except Refusal as error:
+                self.meters.error(error.kind)
+                entries.append(Unanswered(phrase=phrase, error=Fault(kind=error.kind, message=error.message)))
         return entries
 
     async def _in_thread(self, work: Callable[[], T]) -> T:

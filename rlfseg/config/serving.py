@@ -28,6 +28,8 @@ class LimitsConfig:
 
     body_mb: Positive = 32.0
     """Size of a request, in MiB; more is answered 413."""
+    answer_mb: Positive = 64.0
+    """Size of an answer's masks, in MiB; what goes beyond is answered by an error in its place."""
     pixels: PositiveInt = 24_000_000
     """Height times width of a picture."""
     images: PositiveInt = 32

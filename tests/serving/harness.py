@@ -36,7 +36,8 @@ class Service:
 
     def __init__(self, url: str, key: str, process: subprocess.Popen[bytes], temp: Path, log: Path):
         self.url, self.key, self.process, self.temp, self.log = url, key, process, temp, log
-        self.http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=120)
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.http = httpx.Client(base_url=url, headers=headers, timeout=120)
 
     def segment(self, images: Sequence[bytes], phrases: Sequence[str], **options: Any) -> httpx.Response:
         """POST as a form."""
@@ -115,7 +116,7 @@ def _wait_until_ready(service: Service, until: float) -> None:
     while time.monotonic() < until:
         if service.process.poll() is not None:
             break
-        with suppress(httpx.TransportError):
+        with suppress(httpx.NetworkError):
             if service.http.get("/readyz").status_code == 200:
                 return
         time.sleep(0.2)

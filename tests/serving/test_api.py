@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,17 @@ def test_streamed_lines_are_the_same_entries(ask: AskModel) -> None:
         return [{k: v for k, v in e.items() if k not in left_out} for e in sorted(entries, key=lambda e: e["index"])]
 
     assert plain(lines) == plain(whole)
+
+
+def test_an_answer_that_grows_too_large_ends_in_errors(ask: AskModel) -> None:
+    png_bytes = len(
+        segment(build(ask), [IMAGE], ["red ring"], output="score").json()["images"][0]["phrases"][0]["mask"]["data"]
+    )
+    limits = replace(LIMITS, answer_mb=2.5 * png_bytes / 2**20)
+    reply = segment(build(ask, limits=limits), [IMAGE] * 3, ["red ring"], output="score")
+    entries = [p for e in reply.json()["images"] for p in e["phrases"]]
+    assert sorted(p["status"] for p in entries) == ["error", "ok", "ok"]
+    assert next(p for p in entries if p["status"] == "error")["error"]["kind"] == "too_large"
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_bad_pictures(data: bytes, kind: str) -> None:
         ({"phrases": ["a"], "threshold": float("nan")}, "threshold: "),
         ({"phrases": ["a"], "steps": 0}, "steps: "),
         ({"phrases": ["a"], "rescale": "best"}, "rescale: .*'aos'"),
-        ({"phrases": ["a"], "treshold": 0.5}, "treshold: "),
+        ({"phrases": ["a"], "limit": 0.5}, "limit: "),
     ],
 )
 def test_wrong_options_are_refused_by_field(fields: dict[str, object], message: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +130,8 @@ def test_the_cluster_file_says_only_what_serve_and_we_understand(root: Path) -> 
 )
 def test_the_check_finds_typos_that_serve_overlooks(typo: dict[str, Any]) -> None:
     assert len(unknown(typo, ServeDeploySchema)) == 1
+
+
+def test_starting_it_loads_no_networks() -> None:
+    code = "import sys, serve.app; print([m for m in ('diffusers', 'transformers', 'mlflow') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
