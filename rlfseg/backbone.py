@@ -6,7 +6,8 @@ Shapes: B phrases or images, C latent channels, h = w = resolution / f, T text t
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,6 +38,9 @@ NEEDED = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "to
 
 class Velocity(nn.Module):
     """v_theta(z_t, t, c): a UNet with the flow's time scaled to its own, in this one place.
+
+    Args:
+        unet: Of diffusers, with an adapter or without.
 
     Attributes:
         dtype: Type that latents and text are cast to; None: left to autocast, as LoRA beside a bf16 base needs it.
@@ -97,7 +101,7 @@ class Backbone:
         for part in parts:
             part.to(device).eval().requires_grad_(False)
         self.velocity = Velocity(unet)
-        self.tiny: AutoencoderTiny | None = None
+        self.tiny: Any = None  # an AutoencoderTiny
         self._text_cache: LRUCache[str, Tensor] = LRUCache(TEXT_CACHE)
         self._black: Tensor | None = None
 
@@ -126,7 +130,8 @@ class Backbone:
             return self._encode(pixels)
         with torch.no_grad():
             # scaled already; the module's own forward would round latents to bytes
-            return self.tiny.encode(pixels.to(self.device, self.dtype)).latents.float()
+            approximate: Tensor = self.tiny.encode(pixels.to(self.device, self.dtype)).latents.float()
+            return approximate
 
     @torch.no_grad()
     def _encode(self, pixels: Tensor) -> Tensor:
@@ -334,6 +339,14 @@ def _merged_forward(layer: Any, x: Tensor, *_: object, **__: object) -> Tensor:
     if isinstance(base, nn.Conv2d):
         return functional.conv2d(x, weight, base.bias, base.stride, base.padding, base.dilation, base.groups)
     return functional.linear(x, weight, base.bias)
+
+
+def count_cut(base: Path, phrases: Iterable[str]) -> int:
+    """How many phrases a base's text encoder sees only the beginning of; reads its tokenizer alone."""
+    tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer", local_files_only=True)
+    of_phrase = Counter(phrases)
+    lengths = map(len, tokenizer(list(of_phrase)).input_ids) if of_phrase else ()
+    return sum(n for n, length in zip(of_phrase.values(), lengths, strict=False) if length > tokenizer.model_max_length)
 
 
 def resolve_base(reference: str) -> Path:

@@ -143,7 +143,7 @@ def _bytes(url: str) -> bytes:
         with fsspec.open(url) as file:
             return bytes(file.read())
     except (FileNotFoundError, PermissionError) as error:
-        raise BadSample(f"can't be read: {error or 'no such object, or not permitted'}", file=url) from error
+        raise BadSample(f"can't be read: {str(error) or 'no such object, or not permitted'}", file=url) from error
     except Exception as error:  # of any library; the network's fault isn't the picture's
         raise DataError(f"{url} can't be read: {error}; start again, it goes on from here") from error
 

@@ -231,7 +231,6 @@ def bucket() -> Iterator[Any]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
-@pytest.mark.slow
 def test_pictures_and_lists_on_s3(bucket: Any, tmp_path: Path) -> None:
     for n in range(3):
         bucket.pipe(f"pictures/photos/{n}.png", png(n))
@@ -254,7 +253,6 @@ def test_pictures_and_lists_on_s3(bucket: Any, tmp_path: Path) -> None:
         read_file({"id": "s3://pictures/gone.png", "captions": ASK})
 
 
-@pytest.mark.slow
 def test_a_server_that_is_gone_is_no_fault_of_the_picture(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     type(bucket).clear_instance_cache()
