@@ -97,7 +97,7 @@ class TrainState:
         """One optimizer step; where the gradient of any process is not finite, no weight moves in any of them.
 
         Args:
-            batches: Latents and phrases of this process, computed one after the other.
+            *batches: Latents and phrases of this process, computed one after the other.
             weight: Of each batch's mean loss. Default: one step of the mean of them all. Under data parallelism,
                 processes with different numbers of batches pass processes / all batches.
 

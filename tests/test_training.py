@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import json
 import math
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ FULL = LoraConfig(full=True)
 
 
 def make(lora: LoraConfig = LORA, total: int = 100, **settings: Any) -> TrainState:
-    backbone = Backbone.load(TINY)
+    backbone = Backbone.load(settings.get("backbone", TINY))
     backbone.add_lora(lora)
     config = TrainConfig(**{"latents": "", "out": "", "backbone": TINY, "lora": lora, "optimizer": FAST} | settings)
     return TrainState(config, backbone, total_steps=total)
@@ -185,11 +185,13 @@ def test_two_processes_equal_one_on_the_same_global_batch(
     """Gradient checkpointing is on in both processes; one has two of the three batches."""
     schedule = OptimizerConfig(lr=1e-3, warmup_steps=2, schedule="cosine")
     one = make(total=6, optimizer=schedule)
-    figures = [one.step(*batches[:3]), one.step(*batches[1:4])]
+    figures = [one.step(*batches[:3])]
+    first_gradient = gradients(one).clone()
+    figures.append(one.step(*batches[1:4]))
     for rank in two_processes:
         assert rank["lr"] == [f["lr"] for f in figures]
         assert rank["grad_norm"] == pytest.approx([f["grad_norm"] for f in figures], rel=1e-3)
-        torch.testing.assert_close(rank["gradient"], gradients(one), rtol=1e-2, atol=1e-5)
+        torch.testing.assert_close(rank["gradient"], first_gradient, rtol=1e-3, atol=1e-6)
     first, second = two_processes
     assert all(torch.equal(a, b) for a, b in zip(first["weights"], second["weights"], strict=True))
 
@@ -213,8 +215,9 @@ def test_bf16_arithmetic_leaves_the_trained_weights_and_their_moments_in_fp32(ba
     # rank 4 on layers wider than it: the LoRA has products of its own
     exact, rough = make(), make(backbone=dataclasses.replace(TINY, dtype="bf16"))
     seen: set[torch.dtype] = set()
-    conv = next(m for m in rough.backbone.velocity.modules() if isinstance(m, torch.nn.Conv2d))
-    conv.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    for module in rough.backbone.velocity.modules():
+        if type(module) in (torch.nn.Conv2d, torch.nn.Linear):
+            module.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
     a, b = exact.step(batches[0]), rough.step(batches[0])
     assert seen == {torch.bfloat16}
     assert {w.dtype for w in rough.weights} == {torch.float32}
@@ -250,43 +253,29 @@ def test_tf32_rounds_the_factors_of_fp32_products(tf32: bool) -> None:
     assert (error > 1e-3) == tf32
 
 
+@pytest.fixture
+def compiled(root: Path, tmp_path: Path) -> dict[str, Any]:
+    """What tests/compiled.py came to: beartype, which checks shapes in this process, can't be compiled."""
+    script = [sys.executable, str(root / "tests" / "compiled.py"), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1])) | {"folder": tmp_path}
+
+
 @pytest.mark.slow
 @pytest.mark.fault("lora-05")
-def test_a_compiled_training_equals_an_eager_one_and_saves_the_same_names(batches: list[Batch], tmp_path: Path) -> None:
-    eager, compiled = make(), make(speed=SpeedConfig(compile=True))
-    for batch in batches[:2]:
-        assert compiled.step(batch) == pytest.approx(eager.step(batch), rel=1e-2)
-    compiled.save(tmp_path, CARD)
-    weights = load_file(tmp_path / "adapter_model.safetensors")
+@pytest.mark.fault("numeric-03")
+def test_a_compiled_training_equals_an_eager_one_and_saves_the_same_names(compiled: dict[str, Any]) -> None:
+    for a, b in compiled["figures"]:
+        assert a == pytest.approx(b, rel=1e-2)
+    weights = load_file(compiled["folder"] / "adapter_model.safetensors")
     assert not [k for k in weights if {"module", "_orig_mod"} & set(k.split("."))]
-    loaded, _ = adapter.load(tmp_path, device="cpu")
+    loaded, _ = adapter.load(compiled["folder"], device="cpu")
     trained = [w for n, w in loaded.velocity.named_parameters() if ".lora_B." in n]
     assert trained
     assert all(bool(w.any()) for w in trained)
-
-
-@pytest.mark.fault("numeric-03")
-def test_compiling_happens_a_few_times_whatever_sizes_come(
-    batches: list[Batch], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiled = []
-
-    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        compiled.append(graph)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
-    state = make(speed=SpeedConfig(compile=True))
-    segmenter = Segmenter(state.backbone, CARD)
-    rng = np.random.default_rng(0)
-    for n in range(20):
-        image = rng.integers(0, 255, (20 + 7 * n, 90 - 3 * n, 3), dtype=np.uint8)
-        result = segmenter(image, ["red ring"])[0]
-        assert result.score.shape == image.shape[:2]
-    assert len(compiled) == 1  # pictures of 20 sizes are one size to the UNet
-    for n in (2, 3, 4, 1, 4, 2):
-        state.step(joined(batches[:n]))
-    assert len(compiled) <= 8
+    assert compiled["graphs_of_20_pictures"] == 1  # pictures of 20 sizes are one size to the UNet
+    assert compiled["graphs"] <= 8
 
 
 @pytest.mark.fault("lora-08")
@@ -358,6 +347,7 @@ def test_selection_keeps_little_more_than_one_forward_pass(batches: list[Batch])
     one_label = peak(state, lambda: make_step(state, eight(batches, 0), "refined"))
     for originals, limit in ((0, 1.02), (1, 1.02 + 1 / 8), (8, 2.02)):
         got = peak(state, lambda n=originals: make_step(state, eight(batches, n), "dynamic"))  # type: ignore[misc]
+        print(f"{originals} of 8 learn from the original: {got / one_label:.2f} x one label's bytes")
         assert got < limit * one_label
 
     def naive() -> None:
@@ -366,7 +356,9 @@ def test_selection_keeps_little_more_than_one_forward_pass(batches: list[Batch])
         both = [flow_loss(state.model, batch.z1, z0, t, text) for z0 in (batch.z0, batch.z0_refined)]
         torch.minimum(*both).mean().backward()
 
-    assert peak(state, naive) > 1.9 * one_label
+    both_labels = peak(state, naive)
+    print(f"both losses in full: {both_labels / one_label:.2f} x")
+    assert both_labels > 1.9 * one_label
 
 
 def make_step(state: TrainState, batch: Batch, selection: str) -> None:
@@ -379,7 +371,9 @@ def make_step(state: TrainState, batch: Batch, selection: str) -> None:
 def test_gradient_checkpointing_keeps_less(batches: list[Batch]) -> None:
     plain, saving = make(), make(speed=SpeedConfig(gradient_checkpointing=True))
     batch = joined(batches)
-    assert peak(saving, lambda: saving.step(batch)) < 0.5 * peak(plain, lambda: plain.step(batch))
+    less, all_of_it = peak(saving, lambda: saving.step(batch)), peak(plain, lambda: plain.step(batch))
+    print(f"gradient checkpointing keeps {less / all_of_it:.2f} of the bytes")
+    assert less < 0.5 * all_of_it
 
 
 # --- numbers that are not finite ----------------------------------------------------------------------------------

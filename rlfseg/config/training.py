@@ -46,9 +46,9 @@ class SpeedConfig:
     gradient_checkpointing: bool = False
     """Compute the UNet's activations again in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
-    """Compile the UNet by `torch.compile`: faster steps after minutes of compiling; worth it on a GPU."""
+    """Compile the UNet by `torch.compile`: minutes once, then faster steps. Meant for GPUs."""
     channels_last: bool = False
-    """Keep the UNet's weights in the order that tensor cores like for convolutions; worth it on a GPU."""
+    """Keep the UNet's weights in the order that tensor cores take convolutions in. Meant for GPUs."""
     tf32: bool = True
     """Let a GPU round the factors of fp32 products to TF32; no effect on bf16 ones and on a CPU."""
 

@@ -189,8 +189,8 @@ class Loop:
 
     def _diverged(self, figures: Figures) -> DataError:
         return DataError(
-            f"step {self.state.step_number}: the gradient is {figures['grad_norm']} for the {self.state.bad_steps}th "
-            f"step in a row, more than max_bad_steps: {self.config.max_bad_steps}; lower optimizer.lr, or look at the "
+            f"step {self.state.step_number}: the gradient is {figures['grad_norm']} for {self.state.bad_steps} "
+            f"steps in a row, more than max_bad_steps: {self.config.max_bad_steps}; lower optimizer.lr, or look at the "
             f"phrases in {self.job.out / SKIPPED}. The weights of the last good step are in {self.job.storage}"
         )
 

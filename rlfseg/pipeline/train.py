@@ -7,18 +7,20 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from rlfseg import adapter, draw, tracking
-from rlfseg.backbone import resolve_base
+from rlfseg.backbone import count_cut, resolve_base
 from rlfseg.config import TrainConfig, as_dict, digest
-from rlfseg.errors import ConfigError, ModelError, RlfsegError
+from rlfseg.errors import ConfigError, ModelError, ResourceError, RlfsegError
 from rlfseg.pipeline.checkpoints import SEAL, Store
 from rlfseg.pipeline.folders import begin, finish, require_finished, write_json
 from rlfseg.pipeline.ingest import steps_per_epoch
@@ -56,7 +58,7 @@ def run(config: TrainConfig) -> Summary:
     source = open_source(config)
     phrases, steps = int(source.counts.sum()), steps_per_epoch(source.counts, config)
     _check(config, phrases, steps)
-    resolve_base(config.backbone.base)  # downloads once, before the workers ask for it all at once
+    base = resolve_base(config.backbone.base)  # downloads once, before the workers ask for it all at once
     total = int(min(config.max_steps or math.inf, config.epochs * steps))
     identity = binding(as_dict(config)) | {"data": source.fingerprint}
     state = begin(out, identity)
@@ -82,9 +84,22 @@ def run(config: TrainConfig) -> Summary:
         with Progress("train", total=total, count=lambda: _steps_done(out)):
             listed = _fit(job, store)
         counts = {"rows_in": phrases, "rows_out": phrases, "refused": {}} | _publish(job, store, recorded)
+        counts["notes"] = odd_phrases(source.captions, base)
         store.sweep(listed)
     finish(out, identity, counts)
     return _summary(out, counts, time.monotonic() - start)
+
+
+def odd_phrases(captions: Iterable[list[str]], base: Path) -> list[str]:
+    """What of the captions of some samples is not learnt as it is written, as lines for the user; `base`: a folder."""
+    phrases = [caption for own in captions for caption in own]
+    said = [p for p in phrases if p.strip()]
+    cut = count_cut(base, said)
+    notes = {
+        f"{len(phrases) - len(said)} empty phrases were left out": len(phrases) > len(said),
+        f"{cut} phrases are longer than the text encoder takes; it saw only their beginnings": cut,
+    }
+    return [note for note, is_so in notes.items() if is_so]
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -136,11 +151,26 @@ def _fit(job: Job, store: Store) -> set[str]:
     )
     try:
         result: Any = trainer.fit()
-    except Exception as error:  # noqa: BLE001  Ray wraps ours in its own; the cause is what the user must see
-        raise our_cause(error) or error from None
+    except TrainingFailedError as error:
+        raise _cause(error, job) from None
     if isinstance(result.return_value, RlfsegError):
         raise result.return_value
     return {checkpoint.path for checkpoint, _ in result.best_checkpoints}
+
+
+def _cause(error: TrainingFailedError, job: Job) -> RlfsegError:
+    """What the user must see of it: our own error on whatever rank, else one line on what ended a worker."""
+    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
+    if ours := next(filter(None, map(our_cause, failures)), None):
+        return ours
+    # Where one worker dies, the others fail for want of it
+    first = next((f for f in failures if isinstance(f, RayActorError)), failures[0])
+    text = " ".join(str(first).split())[:300]
+    fix = "lower batch_size and raise accumulate, or set speed.gradient_checkpointing; then "
+    return ResourceError(
+        f"a worker failed, more often than max_failures: {job.config.max_failures}: {text}; "
+        f"{fix if 'out of memory' in text.lower() else ''}the same command goes on from the newest checkpoint"
+    )
 
 
 def _publish(job: Job, store: Store, recorded: tracking.Run) -> Row:
@@ -199,4 +229,5 @@ def _summary(out: Path, counts: Row, seconds: float, resumed: int = 0) -> Summar
         seconds=seconds,
         resumed=resumed,
         figures=counts["figures"],
+        notes=tuple(counts.get("notes", ())),
     )

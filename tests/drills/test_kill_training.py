@@ -8,17 +8,22 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from mlflow import MlflowClient
+from safetensors.torch import load_file
 
+from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.loop import read_curve
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(3600)]
@@ -210,6 +215,111 @@ def test_the_disk_of_the_checkpoints_is_full(undisturbed: Training, latents: Pat
         assert training.adapter() == undisturbed.adapter()
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.usefixtures("clock")
+def test_more_deaths_than_allowed_are_told_in_a_line_and_the_work_is_kept(
+    undisturbed: Training, latents: Path, root: Path, tmp_path: Path
+) -> None:
+    training = Training(root, latents, tmp_path / "train", "--max_failures=0")
+    driver = training.start()
+    training.wait_for(5, driver)
+    workers(driver)[0].kill()
+    errors = driver.communicate()[1]
+    assert driver.returncode == 1
+    assert "rlfseg train: a worker failed, more often than max_failures: 0: The actor died" in errors
+    assert "Traceback" not in errors
+    assert training.logged()[2] == "FAILED"
+    training.finish()
+    assert int(training.logged()[1]["rlfseg.started_at_step"]) >= 3
+    assert training.logged()[2] == "FINISHED"
+    assert training.adapter() == undisturbed.adapter()
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.fault("mlflow-01")
+@pytest.mark.fault("mlflow-03")
+def test_a_gradient_that_stays_nan_ends_the_training_with_its_work_saved(
+    latents: Path, root: Path, tmp_path: Path
+) -> None:
+    training = Training(root, latents, tmp_path / "train", "--optimizer.lr=1e30", "--max_bad_steps=2")
+    driver = training.start()
+    errors = driver.communicate()[1]
+    assert driver.returncode == 1
+    last = errors.strip().splitlines()[-1]
+    assert re.match(r"rlfseg train: step \d+: the gradient is (nan|inf) for 3 steps in a row", last)
+    steps, _, status = training.logged()
+    assert status == "FAILED"
+    assert max(steps) < STEPS
+    store = Store(*map(str, (training.checkpoints()[0].parents[1], training.checkpoints()[0].parent.name)))
+    _, saved = next(store.whole())
+    weights = load_file(saved / "adapter_model.safetensors").values()
+    assert all(bool(w.isfinite().all()) for w in weights)
+    skipped = [json.loads(line) for line in (training.out / "skipped.jsonl").read_text().splitlines()]
+    assert [s["step"] for s in skipped][-1] == int(saved.name.split("-")[1])
+    assert all(s["phrases"] for s in skipped)
+
+
+@pytest.mark.usefixtures("clock")
+@pytest.mark.fault("mlflow-07")
+def test_the_tracking_server_dies_midway(undisturbed: Training, latents: Path, root: Path, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    line = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    line += ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db", "--artifacts-destination", str(tmp_path / "a")]
+    with (tmp_path / "server.log").open("wb") as log:
+        server = subprocess.Popen(line, stdout=log, stderr=log, start_new_session=True, cwd=tmp_path)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        while not _answers(f"{url}/health"):
+            assert server.poll() is None
+            time.sleep(0.2)
+        training = Training(root, latents, tmp_path / "train", f"--tracking.uri={url}")
+        driver = training.start()
+        training.wait_for(5, driver)
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+    training.finish(driver)
+    assert training.adapter() == undisturbed.adapter()
+    rows = [json.loads(n) for f in training.out.glob("unsent-*.jsonl") for n in f.read_text().splitlines()]
+    unsent = sorted(n["step"] for n in rows if n["key"] == "train/loss")
+    assert unsent[-1] == STEPS
+    assert unsent == list(range(unsent[0], STEPS + 1))
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+@pytest.mark.usefixtures("clock")
+def test_checkpoints_in_a_bucket(
+    undisturbed: Training, latents: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        where = f"scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
+        training = Training(root, latents, tmp_path / "train", f"--storage=s3://bucket/runs?{where}")
+        driver = training.start()
+        training.wait_for(8, driver)
+        kill_driver(driver)
+        training.finish()
+        assert int(training.logged()[1]["rlfseg.started_at_step"]) >= 3
+        assert training.adapter() == undisturbed.adapter()
+        assert training.checkpoints() == []
+    finally:
+        server.stop()
 
 
 @pytest.mark.usefixtures("clock")
