@@ -42,6 +42,7 @@ DAMAGED = (
     TypeError,
     OverflowError,
     RuntimeError,
+    MemoryError,
     struct.error,
     zlib.error,
 )
@@ -316,7 +317,7 @@ def _reason(error: BaseException) -> str:
         return f"not a picture in one of the formats {', '.join(FORMATS)}"
     if isinstance(error, BOMB):
         return f"too many pixels: {error}"
-    return f"can't be decoded: {error}"
+    return f"can't be decoded: {error or type(error).__name__}"
 
 
 def _on_white(image: Image.Image) -> Image.Image:

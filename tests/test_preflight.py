@@ -92,12 +92,11 @@ main()
 @pytest.mark.parametrize(
     ("does", "reason"),
     [
-        ("ctypes.string_at(8)", r"reading crashed \(SIGSEGV\)"),
-        ("os.abort()", r"reading crashed \(SIGABRT\)"),
-        ("os._exit(7)", r"reading failed \(nothing said\)"),
-        ("raise AttributeError('of h5py')", r"reading failed \(AttributeError: of h5py\)"),
-        ("bytearray(1 << 34)", r"reading needs more memory than 1,024 MiB"),
-        ("ctypes.CDLL(None).pause()", r"reading took longer than 2 s"),
+        ("ctypes.string_at(8)", r"crashed \(SIGSEGV\)"),
+        ("os.abort()", r"crashed \(SIGABRT\)"),
+        ("os._exit(7)", r"failed \(nothing said\)"),
+        ("raise AttributeError('of h5py')", r"failed \(AttributeError: of h5py\)"),
+        ("ctypes.CDLL(None).pause()", r"took longer than 2 s"),
     ],
 )
 def test_a_death_is_named_and_the_rest_is_read(
@@ -107,10 +106,17 @@ def test_a_death_is_named_and_the_rest_is_read(
     bad, good = write(tmp_path / "a.h5", "0", "poison"), write(tmp_path / "b.h5", "2", "3")
     found = list(hdf5.preflight([bad, good], seconds=2, memory=1 << 30))
     errors = [f for f in found if isinstance(f, BadSample)]
-    assert [(e.file, e.sample) for e in errors] == [(str(bad), "poison")]
-    with pytest.raises(BadSample, match=rf"a\.h5 \[poison\]: {reason}"):
+    assert [(e.file, e.sample) for e in errors] == [(str(bad), None)]  # the file isn't read on
+    with pytest.raises(BadSample, match=rf"a\.h5: reading its sample 'poison' {reason}"):
         raise errors[0]
     assert [f.id for f in found if isinstance(f, Seen)] == ["0", "2", "3"]
+
+
+def test_a_sample_that_takes_all_memory_is_only_one_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "CHILD", child_that("bytearray(1 << 34)"))
+    error, seen = said(write(tmp_path / "a.h5", "poison", "z"), memory=1 << 30)
+    assert "a.h5 [poison]: reading needs more memory than 1,024 MiB" in str(error)
+    assert isinstance(seen, Seen)
 
 
 def test_a_file_that_never_opens_is_a_hang(tmp_path: Path) -> None:
@@ -214,3 +220,63 @@ def test_an_id_that_comes_twice_is_named(tmp_path: Path) -> None:
         f"{tmp_path / 'a.h5'} [a/b]: this id is in the file twice",
         "a/b",
     ]
+
+
+# --- while somebody else writes --------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault("h5-io-04")
+def test_readers_see_the_old_file_or_the_new_one(tmp_path: Path) -> None:
+    """A shard is written anew, again and again, while another process reads it: every sample is of one version."""
+    path = tmp_path / "a.h5"
+
+    def version(n: int) -> list[Sample]:
+        mask = np.full((64, 64), n % 2, np.uint8)
+        phrases = tuple(Labelled(caption=f"{k}", mask=mask) for k in range(3))
+        return [Sample(id=i, image=np.full((64, 64, 3), n, np.uint8), phrases=phrases) for i in "abc"]
+
+    hdf5.write_shard(path, version(0))
+    code = """
+import sys
+from rlfseg import hdf5
+versions = set()
+print("reading", flush=True)
+while 30 not in versions:
+    reader = hdf5.Reader(sys.argv[1])
+    for _ in range(3):
+        read = [reader.sample("a.h5", i) for i in "abc"]
+        n = {int(s.image.min()) for s in read} | {int(s.image.max()) for s in read}
+        assert len(n) == 1, n
+        assert {int(p.mask.min()) for s in read for p in s.phrases} == {n.copy().pop() % 2}
+        versions |= n
+    reader.close()
+print(len(versions))
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout
+        assert reader.stdout.readline() == "reading\n"
+        for n in range(1, 31):
+            hdf5.write_shard(path, version(n))
+        said, complaints = reader.communicate(timeout=60)
+    assert reader.returncode == 0, complaints
+    assert int(said) >= 2
+
+
+@pytest.mark.fault("h5-io-04")
+def test_a_file_that_another_program_has_open_is_read_and_never_written(tmp_path: Path) -> None:
+    """h5py's own lock makes a plain reader fail with errno 11; ours takes no lock and opens for reading alone."""
+    path = write(tmp_path / "a.h5", "1")
+    before = path.read_bytes()
+    code = "import sys, h5py; f = h5py.File(sys.argv[1], 'a'); print('open', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as writer:
+        assert writer.stdin
+        assert writer.stdout
+        assert writer.stdout.readline() == "open\n"
+        assert hdf5.read_sample(path, "1").id == "1"
+        assert isinstance(said(path)[0], Seen)
+        writer.stdin.close()
+    assert path.read_bytes() == before
+    path.chmod(0o444)
+    assert hdf5.read_sample(path, "1").id == "1"

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from rlfseg.config.parts import STRICT, Fraction, Natural, PositiveInt, WorkersConfig
+from rlfseg.config.parts import STRICT, Natural, PositiveInt, WorkersConfig
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class AuditConfig:
     """Folder to write audit.json, exclude_ids.txt and pairs.png to."""
     distance: Annotated[int, Field(ge=0, le=64)] = 10
     """Most bits of 64 in which the hashes of two images differ that are looked at again. Ours: docs/files.md."""
-    similarity: Fraction = 0.9
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Least correlation of their thumbnails that confirms it. Ours: docs/files.md."""
     pairs: Natural = 24
     """Pairs on the contact sheet, the most doubtful ones."""

@@ -231,6 +231,8 @@ def _check_sizes(checked: Checked, place: Place) -> None:
         decoded = there * chunk
     if size and not stored:
         raise place.bad(f"{what} was never written")
+    if stored > decoded + decoded // 8 + 4096:  # a chunk that gzip can't shrink grows by less than that
+        raise place.bad(f"{what} claims that its {decoded:,} bytes are packed into {stored:,}")
     if decoded > MAX_RATIO * stored:
         raise place.bad(f"{what} unpacks {stored:,} bytes into {decoded:,}; more than {MAX_RATIO} times is refused")
 
@@ -287,9 +289,11 @@ def stored_text(item: Item, key: str) -> str | None:
     for name, decode in ((key.encode(), str), (f"{key}_escaped".encode(), unescape)):
         if h5py.h5a.exists(item.id, name):
             attribute = h5py.h5a.open(item.id, name)
-            value = np.empty(attribute.shape, attribute.dtype)
+            if attribute.shape != ():  # damaged or hostile: it may declare any number of texts
+                continue
+            value = np.empty((), attribute.dtype)
             attribute.read(value)
-            if value.shape == () and isinstance(value.item(), str | bytes):
+            if isinstance(value.item(), str | bytes):
                 return decode(text_of(value.item()))
     return None
 

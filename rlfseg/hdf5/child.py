@@ -26,10 +26,10 @@ from typing import IO, Any
 
 from rlfseg.errors import BadSample, ResourceError
 from rlfseg.hdf5.reading import AnyPath, Reader, iter_ids
-from rlfseg.hdf5.samples import Sample
+from rlfseg.hdf5.samples import Sample, quoted
 
 SECONDS = 60.0  # to list a file's samples, and to read each of them
-MEMORY = 4 << 30  # bytes of address space beyond what Python itself takes; a sample has at most 1 GiB
+MEMORY = 2 << 30  # bytes of address space beyond what Python itself takes; a sample has at most 1 GiB
 CHILD = "from rlfseg.hdf5.child import main; main()"
 
 
@@ -67,8 +67,8 @@ def preflight(
         memory: Bytes that the child may ask for.
 
     Yields:
-        What was found in a sample, or what is wrong with it. An error without a sample is of the whole file; a crash
-        and a hang end their file, anything else only its sample.
+        What was found in a sample, or what is wrong with it. An error without a sample ends its file: it can't be
+        listed, or reading a sample (the error's text names it) crashed or hung.
 
     Raises:
         ResourceError: The child can't be started.
@@ -99,7 +99,8 @@ def _fly(files: list[str], seconds: float, memory: int) -> Generator[Seen | BadS
         last = (complaints.read().decode(errors="replace").strip().splitlines() or ["nothing said"])[-1]
     if not said:
         raise ResourceError(f"the process that reads HDF5 files of others can't be started: {last}")
-    yield BadSample(_cause(code, last, seconds), file=files[said["file"]], sample=said["sample"])
+    what = "reading" if said["sample"] is None else f"reading its sample {quoted(said['sample'])}"
+    yield BadSample(f"{what} {_cause(code, last, seconds)}", file=files[said["file"]])
     return files[said["file"] + 1 :]
 
 
@@ -117,10 +118,10 @@ def _started(order: IO[bytes], complaints: IO[bytes]) -> Iterator[subprocess.Pop
 
 def _cause(code: int, last: str, seconds: float) -> str:
     if code == -signal.SIGALRM:
-        return f"reading took longer than {seconds:g} s: the file is damaged or made to keep a reader busy"
+        return f"took longer than {seconds:g} s: the file is damaged or made to keep a reader busy"
     if code < 0:
-        return f"reading crashed ({signal.Signals(-code).name}): the file is damaged or made to do that"
-    return f"reading failed ({last})"
+        return f"crashed ({signal.Signals(-code).name}): the file is damaged or made to do that"
+    return f"failed ({last})"
 
 
 def _seen(file: str, sample_id: str, facts: dict[str, Any]) -> Seen:

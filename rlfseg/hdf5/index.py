@@ -65,9 +65,10 @@ def read_index(folder: Path | str) -> pa.Table:
     path = Path(folder) / INDEX
     try:
         table = pq.read_table(path, page_checksum_verification=True)
+        table.validate(full=True)  # texts are UTF-8
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; `rlfseg prepare` writes it") from None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a whole Parquet file ({error})") from error
     if "coco_id" not in table.column_names:  # written before audits knew it
         table = table.append_column("coco_id", pa.nulls(table.num_rows, pa.string()))

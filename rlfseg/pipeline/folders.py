@@ -35,7 +35,7 @@ def begin(out: Path, identity: Row) -> str:
     """
     started = out / "_STARTED.json"
     if started.exists():
-        known = read_json(started).get("identity") or {}
+        known = identity_of(read_json(started), out)
         now = json.loads(json.dumps(identity))
         if known != now:
             fields = [
@@ -106,10 +106,20 @@ def read_json(path: Path) -> Row:
     return tree
 
 
+def identity_of(state: Row, folder: Path) -> Row:
+    """The identity in what `_STARTED.json` or `_SUCCESS.json` says; DataError where it is none."""
+    identity = state.get("identity")
+    if not isinstance(identity, dict):
+        raise DataError(f"{folder}: damaged (its identity is {identity!a:.40}); delete it and start again")
+    return identity
+
+
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """A Parquet file; DataError where it is damaged or lacks a column."""
     try:
-        return pq.read_table(path, columns=columns)
+        table = pq.read_table(path, columns=columns)
+        table.validate(full=True)  # texts are UTF-8
+        return table
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
         raise DataError(f"{path}: not a whole Parquet file with the columns wanted ({error})") from error
 

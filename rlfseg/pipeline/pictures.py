@@ -22,15 +22,12 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 from numpy.typing import NDArray
-from ray.exceptions import RayTaskError, WorkerCrashedError
 
 from rlfseg import hdf5, images
 from rlfseg.errors import BadSample, ConfigError, DataError
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
-from rlfseg.pipeline.stages import our_cause
 from rlfseg.results import checked_phrase
 
 Asked = tuple[NDArray[np.uint8], list[str]]  # uint8 RGB [H, W, 3], and what to look for in it
@@ -245,24 +242,20 @@ def read_embedded(row: Row) -> Asked:
 
 
 def _hdf5_rows(files: list[str]) -> list[Row]:
-    """Ids by tasks of Ray, side by side: a file that crashes its reader ends no driver."""
+    """A row a sample, `bad` where it can't be read; read in a child process first, since the files are anybody's."""
     remote = next((file for file in files if "://" in file), None)
     if remote is not None:
         raise ConfigError(f"images: {remote}: HDF5 is read from local or mounted folders only; copy it first")
-    listing = ray.remote(max_retries=0)(_ids)
     rows: list[Row] = []
-    for file, found in zip(files, [listing.remote(file) for file in files], strict=True):
-        try:
-            rows += [{"id": i, "shard": file} for i in ray.get(found)]
-        except WorkerCrashedError:
-            raise BadSample("reading crashed: the file is damaged or made to do that", file=file) from None
-        except RayTaskError as error:
-            raise our_cause(error) or error from None
+    for seen in hdf5.preflight(files):
+        if isinstance(seen, BadSample) and seen.sample is None:
+            raise seen
+        rows.append(
+            {"id": seen.sample, "shard": seen.file, "bad": seen.reason}
+            if isinstance(seen, BadSample)
+            else {"id": seen.id, "shard": seen.file, "bad": None}
+        )
     return rows
-
-
-def _ids(file: str) -> list[str]:
-    return list(hdf5.iter_ids(file))
 
 
 class OfShards:
@@ -280,7 +273,7 @@ class OfShards:
         """Reads one picture.
 
         Args:
-            row: `id`, `shard`.
+            row: `id`, `shard`, and `bad` where a look at it has failed.
 
         Returns:
             Picture and phrases.
@@ -288,5 +281,7 @@ class OfShards:
         Raises:
             BadSample: It is damaged, or a caption of it is empty.
         """
+        if row.get("bad"):
+            raise BadSample(row["bad"], file=row["shard"], sample=row["id"])
         image = self.reader.image(row["shard"], row["id"])
         return image, self.phrases or [checked_phrase(c) for c in self.reader.captions(row["shard"], row["id"])]

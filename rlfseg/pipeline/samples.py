@@ -10,7 +10,7 @@ import pyarrow as pa
 from rlfseg import hdf5
 from rlfseg.errors import DataError
 from rlfseg.hdf5 import Reader
-from rlfseg.pipeline.folders import fingerprint, read_table, require_finished
+from rlfseg.pipeline.folders import fingerprint, identity_of, read_table, require_finished
 from rlfseg.pipeline.rows import OK, Row
 
 REFINED = ("masks", "outcomes")  # columns that refining adds to the index's
@@ -54,10 +54,12 @@ def open_samples(path: str | Path) -> Samples:
     state = require_finished(folder)
     if (folder / hdf5.INDEX).is_file():
         return Samples(folder=folder, rows=hdf5.read_index(folder), fingerprint=fingerprint(folder))
-    source = Path(str((state.get("identity") or {}).get("samples")))
+    source = Path(str(identity_of(state, folder).get("samples")))
     if not source.is_dir():
         raise DataError(f"samples: {folder} was refined from {source}, which is gone; its pixels are needed")
     parts = [read_table(p) for p in sorted((folder / "data").glob("*.parquet"))]
+    if not parts or any("status" not in part.column_names for part in parts):
+        raise DataError(f"samples: {folder} holds neither an index nor rows of `refine`")
     rows = pa.concat_tables(parts)
     rows = rows.filter(pa.compute.equal(rows["status"], OK))
     hashes = [hdf5.id_hash(i) for i in rows["id"].to_pylist()]

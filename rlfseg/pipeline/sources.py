@@ -12,7 +12,6 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -40,11 +39,13 @@ class Source(Protocol):
     """Phrases that are read by number.
 
     Attributes:
-        counts: Phrases of each sample, int64 [n].
+        captions: Of each sample; those that are empty can't be learnt from and are passed over.
+        counts: Phrases of each sample that are not empty, int64 [n].
         phrase_bytes: Size of a phrase's row on its way.
         fingerprint: Changes when the data does.
     """
 
+    captions: list[list[str]]
     counts: NDArray[np.int64]
     phrase_bytes: int
     fingerprint: str
@@ -95,25 +96,25 @@ class Latents:
                 raise ConfigError(
                     f"backbone.{field}: {wanted}, but {folder} was encoded with {encoded[field]}; use the same"
                 )
-        found: list[tuple[str, str, int, int]] = []
+        found: list[tuple[str, str, int, list[str]]] = []
         shape: list[int] = []
         for path in sorted((folder / "data").glob("*.parquet")):
             table = pq.read_table(path, columns=["id", "status", "shape", "captions"])
-            counts = pc.list_value_length(table["captions"]).to_pylist()
-            ids, states = table["id"].to_pylist(), table["status"].to_pylist()
-            rows = [n for n, state in enumerate(states) if state == OK]
-            found += [(id_hash(ids[n]), str(path), n, counts[n]) for n in rows]
+            ids, captions = table["id"].to_pylist(), table["captions"].to_pylist()
+            rows = [n for n, state in enumerate(table["status"].to_pylist()) if state == OK]
+            found += [(id_hash(ids[n]), str(path), n, captions[n]) for n in rows]
             shape = shape or (table["shape"][rows[0]].as_py() if rows else [])
         found.sort()
         self.places = [(path, row) for _, path, row, _ in found]
-        self.counts = np.array([count for *_, count in found], dtype=np.int64)
+        self.captions = [captions for *_, captions in found]
+        self.askable, self.counts = _askable(self.captions)
         self.phrase_bytes = 3 * 2 * int(np.prod(shape))
         self.fingerprint = fingerprint(folder)
         _require_phrases(self.counts, folder)
 
     def reader(self, phrases: Sequence[Phrase]) -> Callable[[], pa.Table]:
         """Columns id, caption, shape, z1, z0, z0_refined; latents as float16."""
-        return partial(_read_latents, [(*self.places[n], k) for n, k in phrases])
+        return partial(_read_latents, [(*self.places[n], self.askable[n][k]) for n, k in phrases])
 
     def batch(self, table: pa.Table, backbone: Backbone) -> Batch:
         """Latents as they are cached."""
@@ -154,7 +155,8 @@ class Pixels:
         samples = open_samples(folder)
         hashes = [id_hash(i) for i in samples.rows["id"].to_pylist()]
         self.rows = samples.rows.take(sorted(range(len(hashes)), key=hashes.__getitem__))
-        self.counts = pc.list_value_length(self.rows["captions"]).to_numpy().astype(np.int64)
+        self.captions = self.rows["captions"].to_pylist()
+        self.askable, self.counts = _askable(self.captions)
         self.phrase_bytes = (3 * 4 + 2) * resolution**2
         self.fingerprint = samples.fingerprint
         self.load, self.resolution = LoadSample(samples.folder), resolution
@@ -164,7 +166,7 @@ class Pixels:
         """Columns id, caption, image (float32 [3, R, R]), mask and refined (uint8 [R, R]; null where kept)."""
         wanted = sorted({n for n, _ in phrases})
         rows = dict(zip(wanted, self.rows.take(wanted).to_pylist(), strict=True))
-        return partial(_read_pixels, self.load, self.resolution, [(rows[n], k) for n, k in phrases])
+        return partial(_read_pixels, self.load, self.resolution, [(rows[n], self.askable[n][k]) for n, k in phrases])
 
     def batch(self, table: pa.Table, backbone: Backbone) -> Batch:
         """Encodes pictures and masks: what `encode` does, but not rounded to float16."""
@@ -213,6 +215,12 @@ def _masks(data: Sequence[bytes], side: int) -> Tensor:
     """[B, 3, R, R] in {-1, 1}, as `mask_to_tensor` gives them."""
     flat = np.frombuffer(b"".join(data), np.uint8).reshape(-1, 1, side, side).copy()
     return (torch.from_numpy(flat).float() * 2 - 1).expand(-1, 3, -1, -1)
+
+
+def _askable(captions: list[list[str]]) -> tuple[list[list[int]], NDArray[np.int64]]:
+    """Numbers of the phrases of each sample that aren't empty, and how many there are."""
+    askable = [[k for k, caption in enumerate(own) if caption.strip()] for own in captions]
+    return askable, np.array([len(own) for own in askable], dtype=np.int64)
 
 
 def _require_phrases(counts: NDArray[np.int64], folder: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from rlfseg import adapter, hdf5, images
 from rlfseg.config import VerifyConfig
-from rlfseg.datasets import folder as lists
+from rlfseg.datasets import folder, records
 from rlfseg.errors import BadSample, ConfigError, DataError, ModelError
 from rlfseg.hdf5 import Seen
 from rlfseg.pipeline.folders import require_finished
@@ -90,9 +90,10 @@ def verified(path: Path) -> int:
     if suffix == ".safetensors":
         return _weights(path)
     if suffix in LISTS:
-        return sum(1 for record in lists.plan(path) if lists.load(record))
+        return sum(1 for record in folder.plan(path).records if records.load(record, "pil"))
     if suffix in images.SUFFIXES:
-        return bool(images.load_image(path, name=str(path)).size)
+        images.load_image(path, name=str(path))
+        return 1
     raise ConfigError(
         f"files: {path}: {'no kind of file that is known' if path.exists() else 'no such file'}; give HDF5, Parquet, "
         "safetensors, pictures, a list of phrases (.json, .jsonl, .csv), or a folder that a command wrote"
@@ -168,11 +169,12 @@ def _rows(path: Path) -> Iterator[Row]:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _check_types(path, file.schema_arrow)
             for batch in file.iter_batches(batch_size=64):
+                batch.validate(full=True)
                 for row in batch.to_pylist():
                     if row.get("status", OK) == OK and (wrong := _wrong(row)):
                         raise BadSample(wrong, file=str(path), sample=str(row.get("id")))
                     yield row
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: damaged ({error})") from error
 
 

@@ -11,7 +11,6 @@ goes through `hdf5.preflight`, as files of others do: a crash in its own child i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -26,6 +25,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,28 @@ LIBRARIES = ("h5py", "pillow", "pyarrow", "numpy", "safetensors", "peft")
 # --- in the child ----------------------------------------------------------------------------------------------------
 
 
-def child(kind: str, seed: int, start: int, stop: int) -> None:
-    """Reads inputs start to stop of a kind; says on stdout which it begins and how each ended."""
+def child(seed: int, kinds: dict[str, list[int]]) -> None:
+    """Reads inputs of each kind, from a number to another; says on stdout what it begins and how each ended."""
     warnings.simplefilter("ignore")
     from worlds import WORLDS
 
-    with tempfile.TemporaryDirectory() as made:
-        os.chdir(made)
-        world = WORLDS[kind]()
-        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        read = _preflighted if kind == "hdf5" else _one_by_one
-        for ended in read(world, kind, seed, range(start, stop)):
-            print(json.dumps(ended), flush=True)
-        peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        print(json.dumps({"peak_mib": peak >> 10}), flush=True)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    for kind, (start, stop) in kinds.items():
+        with tempfile.TemporaryDirectory() as made:
+            os.chdir(made)
+            world = WORLDS[kind]()
+            _limit_memory()
+            read = _preflighted if kind == "hdf5" else _one_by_one
+            for ended in read(world, kind, seed, range(start, stop)):
+                print(json.dumps({"kind": kind, **ended}), flush=True)
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN if kind == "hdf5" else resource.RUSAGE_SELF).ru_maxrss
+        print(json.dumps({"kind": kind, "peak_mib": peak >> 10}), flush=True)
+
+
+def _limit_memory() -> None:
+    taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, resource.RLIM_INFINITY))
 
 
 def mutated(world: Any, kind: str, seed: int, number: int) -> tuple[str, bytes]:
@@ -109,8 +115,8 @@ def _preflighted(world: Any, kind: str, seed: int, numbers: range) -> Iterator[d
         worst = dict.fromkeys(part, "result")
         for seen in hdf5.preflight(files, seconds=SECONDS / 4):
             if isinstance(seen, BadSample):
-                fatal = [w for w in ("crashed", "took longer", "failed") if seen.reason.startswith(f"reading {w}")]
-                worst[files[seen.file]] = f"BadSample ({fatal[0]})" if fatal else "BadSample"
+                ended = [w for w in ("crashed", "took longer", "failed") if f" {w} " in seen.reason and not seen.sample]
+                worst[files[seen.file]] = f"BadSample ({ended[0]})" if ended else "BadSample"
         each = (time.perf_counter() - start) / len(part)
         for number in part:
             yield {"number": number, "outcome": worst[number], "seconds": each}
@@ -120,43 +126,52 @@ def _preflighted(world: Any, kind: str, seed: int, numbers: range) -> Iterator[d
 # --- in the parent ---------------------------------------------------------------------------------------------------
 
 
-def fuzz(kind: str, seed: int, count: int) -> dict[str, Any]:
-    """All inputs of one kind; a child that dies is followed by another."""
-    outcomes: Counter[str] = Counter()
-    failures: list[str] = []
-    slowest, peak, done = 0.0, 0, 0
-    started = time.perf_counter()
-    while done < count:
+@dataclass
+class Result:
+    """What became of the inputs of one kind; `peak_mib` is of the reader's process, which earlier kinds used too."""
+
+    inputs: int
+    done: int = 0
+    seconds: float = 0.0
+    slowest_s: float = 0.0
+    peak_mib: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+
+    def add(self, kind: str, said: dict[str, Any]) -> None:
+        """Counts one message of a child."""
+        self.peak_mib = max(self.peak_mib, said.get("peak_mib", 0))
+        if "number" in said:
+            self.done = said["number"] + 1
+            self.outcomes[said["outcome"]] += 1
+            self.seconds += said["seconds"]
+            self.slowest_s = max(self.slowest_s, round(said["seconds"], 3))
+            if said["outcome"] == "foreign":
+                self.failures.append(f"{kind} {said['number']}: {said['what']}")
+
+
+def fuzz(seed: int, results: dict[str, Result]) -> None:
+    """All inputs of all kinds; a child that dies is followed by another, behind the input that killed it."""
+    while left := {kind: [r.done, r.inputs] for kind, r in results.items() if r.done < r.inputs}:
         begun = None
         with tempfile.TemporaryFile("w+") as complaints:
-            command = [sys.executable, __file__, "--child", kind, str(seed), str(done), str(count)]
+            command = [sys.executable, __file__, "--child", str(seed), json.dumps(left)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as process:
                 assert process.stdout
                 for said in map(json.loads, process.stdout):
-                    begun = said.get("begins", begun)
-                    peak = max(peak, said.get("peak_mib", 0))
-                    if "number" in said:
-                        done = said["number"] + 1
-                        outcomes[said["outcome"]] += 1
-                        slowest = max(slowest, said["seconds"])
-                        if said["outcome"] == "foreign":
-                            failures.append(f"{kind} {said['number']}: {said['what']}")
+                    begun = (said["kind"], said["begins"]) if "begins" in said else begun
+                    results[said["kind"]].add(said["kind"], said)
             complaints.seek(0)
             last = (complaints.read().strip().splitlines() or [""])[-1]
-        if process.returncode and begun is None:
-            raise SystemExit(f"{kind}: the child can't work: {last}")
-        if process.returncode and begun is not None:
-            what = "hang" if process.returncode == -signal.SIGALRM else f"crash ({process.returncode}) {last}"
-            outcomes[what.split()[0]] += 1
-            failures.append(f"{kind} {begun}: {what}")
-            done = max(done, begun + 1)
-    figures = {"inputs": outcomes.total(), "outcomes": dict(sorted(outcomes.items())), "failures": failures}
-    return {
-        **figures,
-        "slowest_s": round(slowest, 3),
-        "peak_mib": peak,
-        "seconds": round(time.perf_counter() - started, 1),
-    }
+        if process.returncode == 0:
+            continue
+        if begun is None:
+            raise SystemExit(f"the child can't work: {last}")
+        kind, number = begun
+        what = "hang" if process.returncode == -signal.SIGALRM else f"crash ({process.returncode}) {last}"
+        results[kind].outcomes[what.split()[0]] += 1
+        results[kind].failures.append(f"{kind} {number}: {what}")
+        results[kind].done = max(results[kind].done, number + 1)
 
 
 def again(kind: str, seed: int, number: int) -> None:
@@ -190,21 +205,23 @@ def main() -> int:
         again(kinds[0], options.seed, options.only)
         return 0
     whole = sum(SHARES.get(kind, 1) for kind in kinds)
-    counts = {kind: max(1, round(options.inputs * SHARES.get(kind, 1) / whole)) for kind in kinds}
-    report: dict[str, Any] = {"seed": options.seed, "inputs": sum(counts.values()), "kinds": {}}
-    for kind, count in counts.items():
-        report["kinds"][kind] = result = fuzz(kind, options.seed, count)
-        print(f"{kind:10} {result['inputs']:6} {result['seconds']:6.1f} s  {result['outcomes']}", flush=True)
-        print("\n".join(f"    {f}" for f in result["failures"][:20]), end="\n" if result["failures"] else "")
-    results = report["kinds"].values()
-    report |= {
-        "failures": sum(len(r["failures"]) for r in results),
-        "slowest_s": max(r["slowest_s"] for r in results),
-        "peak_mib": max(r["peak_mib"] for r in results),
-        "seconds": round(sum(r["seconds"] for r in results), 1),
+    results = {k: Result(max(1, round(options.inputs * SHARES.get(k, 1) / whole))) for k in kinds}
+    start = time.perf_counter()
+    fuzz(options.seed, results)
+    report = {
+        "seed": options.seed,
+        "inputs": sum(r.outcomes.total() for r in results.values()),
+        "failures": sum(len(r.failures) for r in results.values()),
+        "slowest_s": max(r.slowest_s for r in results.values()),
+        "peak_mib": max(r.peak_mib for r in results.values()),
+        "seconds": round(time.perf_counter() - start, 1),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},
+        "kinds": {kind: vars(r) for kind, r in results.items()},
     }
+    for kind, r in results.items():
+        print(f"{kind:10} {r.inputs:6} {r.seconds:6.1f} s  {dict(sorted(r.outcomes.items()))}")
+        print("".join(f"    {failure}\n" for failure in r.failures[:20]), end="")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1))
@@ -214,7 +231,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        with contextlib.suppress(BrokenPipeError):
-            child(sys.argv[2], *map(int, sys.argv[3:6]))
+        child(int(sys.argv[2]), json.loads(sys.argv[3]))
         sys.exit(0)
     sys.exit(main())

@@ -369,11 +369,32 @@ def _of_table(tree: dict[str, list[Any]]) -> Mutation:
 
 
 def asked() -> World:
-    from rlfseg.pipeline.predict import listed
-
+    """A list of pictures as `predict` reads it."""
     tree = {"path": ["a.png", "b/c.png", "a.png"], "phrases": [["dog"], ["left dog", "é"], []]}
     files = {"asked.parquet": _parquet(pa.table(tree))}
-    return World(files=files, mutations={"asked.parquet": _of_table(tree)}, read=lambda f: listed(f / "asked.parquet"))
+
+    def read(folder: Path) -> None:
+        from rlfseg.pipeline.pictures import find
+
+        find(str(folder / "asked.parquet"), ["dog"], "phrases")
+
+    return World(files=files, mutations={"asked.parquet": _of_table(tree)}, read=read)
+
+
+def embedded() -> World:
+    """Pictures inside of a Parquet file."""
+    tree = {"image": [PNG, PNG], "phrases": [["dog"], ["left dog", "é"]]}
+    files = {"pictures.parquet": _parquet(pa.table(tree))}
+
+    def read(folder: Path) -> None:
+        from rlfseg.pipeline import pictures as p
+
+        p._embedded.cache_clear()  # the file was another before
+        found = p.find(str(folder / "pictures.parquet"), ["dog"], "phrases")
+        for row in found.rows.to_pylist()[:3]:
+            found.read(row)
+
+    return World(files=files, mutations={"pictures.parquet": _of_table(tree)}, read=read)
 
 
 def stage_rows() -> World:
@@ -488,6 +509,7 @@ WORLDS: dict[str, Callable[[], World]] = {
     "labelme": labelme,
     "rle": rle,
     "parquet": asked,
+    "embedded": embedded,
     "rows": stage_rows,
     "index": index,
     "state": state,
