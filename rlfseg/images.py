@@ -43,6 +43,7 @@ DAMAGED = (
     OverflowError,
     RuntimeError,
     MemoryError,
+    AssertionError,
     struct.error,
     zlib.error,
 )

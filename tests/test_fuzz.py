@@ -32,11 +32,11 @@ def test_mutated_inputs_give_a_result_or_a_named_error(root: Path, tmp_path: Pat
     kinds = [kind for kind in kinds_of(script) if kind not in SLOW_TO_LOAD]
     assert len(kinds) > 20
     code, results, said = fuzz(
-        script, tmp_path / "f.json", "--inputs", "1500", "--seed", "1", "--kinds", ",".join(kinds)
+        script, tmp_path / "f.json", "--inputs", "3000", "--seed", "1", "--kinds", ",".join(kinds)
     )
     assert code == 0, said
     assert results["failures"] == 0
-    assert results["inputs"] > 1400
+    assert results["inputs"] > 2900
     assert results["slowest_s"] < 10
     assert results["peak_mib"] < 3000
     for kind, result in results["kinds"].items():

@@ -82,6 +82,8 @@ def find(source: str, phrases: list[str], column: str) -> Pictures:
         return _made([{"id": file, "captions": phrases} for file in files], read_file)
     listed = [row for file in files for row in _parquet_rows(file, column, needed=not phrases)]
     asked = [row | {"captions": [*row["captions"], *phrases]} for row in _merged(listed)]
+    if not asked:
+        raise ConfigError(f"images: {source} has no rows")
     return _made(asked, read_embedded if "group" in asked[0] else read_file)
 
 
@@ -187,7 +189,7 @@ def _parquet_rows(file: str, column: str, *, needed: bool) -> Iterator[Row]:
                     else:
                         yield {"id": _resolved(row["path"], file, number), "captions": captions}
                     number += 1
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"images: {file}: not a whole Parquet file ({error})") from error
 
 
@@ -231,7 +233,10 @@ def read_embedded(row: Row) -> Asked:
     Raises:
         BadSample: There are no bytes, or they can't be decoded.
     """
-    value = _embedded(row["file"], row["group"])[row["row"]].as_py()
+    try:
+        value = _embedded(row["file"], row["group"])[row["row"]].as_py()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise BadSample(f"its row group is damaged ({error})", file=row["id"]) from error
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise BadSample("its `image` holds no bytes", file=row["id"])

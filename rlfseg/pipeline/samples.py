@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def open_samples(path: str | Path) -> Samples:
     if (folder / hdf5.INDEX).is_file():
         return Samples(folder=folder, rows=hdf5.read_index(folder), fingerprint=fingerprint(folder))
     source = Path(str(identity_of(state, folder).get("samples")))
-    if not source.is_dir():
+    if not os.path.isdir(source):  # it may be any text
         raise DataError(f"samples: {folder} was refined from {source}, which is gone; its pixels are needed")
     parts = [read_table(p) for p in sorted((folder / "data").glob("*.parquet"))]
     if not parts or any("status" not in part.column_names for part in parts):

@@ -115,7 +115,8 @@ def _preflighted(world: Any, kind: str, seed: int, numbers: range) -> Iterator[d
         worst = dict.fromkeys(part, "result")
         for seen in hdf5.preflight(files, seconds=SECONDS / 4):
             if isinstance(seen, BadSample):
-                ended = [w for w in ("crashed", "took longer", "failed") if f" {w} " in seen.reason and not seen.sample]
+                of_child = seen.reason.startswith("reading ")
+                ended = [w for w in ("crashed", "took longer", "failed") if of_child and f" {w} " in seen.reason]
                 worst[files[seen.file]] = f"BadSample ({ended[0]})" if ended else "BadSample"
         each = (time.perf_counter() - start) / len(part)
         for number in part:

@@ -418,8 +418,9 @@ def index() -> World:
 def state() -> World:
     from rlfseg.pipeline.samples import open_samples
 
-    done = {"schema": 1, "hash": "x", "identity": {"samples": "/nowhere", "fingerprint": "x"}, "rows_in": 1}
-    files = {"f/_STARTED.json": _dumped(done), "f/_SUCCESS.json": _dumped(done)}
+    done = {"schema": 1, "hash": "x", "identity": {"samples": ".", "fingerprint": "x"}, "rows_in": 1}
+    rows = _parquet(pa.table({"id": ["1"], "status": ["ok"], "shard": ["a.h5"]}))
+    files = {"f/_STARTED.json": _dumped(done), "f/_SUCCESS.json": _dumped(done), "f/data/0.parquet": rows}
     return World(files=files, mutations={"f/_SUCCESS.json": mutate.of_json}, read=lambda f: open_samples(f / "f"))
 
 
