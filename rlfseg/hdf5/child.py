@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,11 +75,11 @@ def preflight(
     """
     waiting = [os.fspath(f) for f in files]
     while waiting:
-        waiting = yield from _fly(waiting, seconds, memory)
+        yield from _fly(waiting, seconds, memory)
 
 
-def _fly(files: list[str], seconds: float, memory: int) -> Generator[Seen | BadSample, None, list[str]]:
-    """One child; returns the files that it didn't come to."""
+def _fly(files: list[str], seconds: float, memory: int) -> Iterator[Seen | BadSample]:
+    """One child; it leaves in `files` those that it didn't come to."""
     with tempfile.TemporaryFile() as order, tempfile.TemporaryFile() as complaints:
         order.write(json.dumps({"files": files, "seconds": seconds, "memory": memory}).encode())
         order.seek(0)
@@ -94,14 +94,15 @@ def _fly(files: list[str], seconds: float, memory: int) -> Generator[Seen | BadS
                     yield BadSample(said["bad"], file=files[said["file"]], sample=said["sample"])
             code = process.wait()
         if code == 0:
-            return []
+            files.clear()
+            return
         complaints.seek(0)
         last = (complaints.read().decode(errors="replace").strip().splitlines() or ["nothing said"])[-1]
     if not said:
         raise ResourceError(f"the process that reads HDF5 files of others can't be started: {last}")
     what = "reading" if said["sample"] is None else f"reading its sample {quoted(said['sample'])}"
     yield BadSample(f"{what} {_cause(code, last, seconds)}", file=files[said["file"]])
-    return files[said["file"] + 1 :]
+    del files[: said["file"] + 1]
 
 
 @contextmanager

@@ -322,6 +322,18 @@ def test_verify_finds_weights_that_are_no_numbers(tmp_path: Path, capsys: pytest
     assert (code, f"{name} holds NaN or infinity" in said) == (1, True)
 
 
+def test_verify_reads_a_list_with_its_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drawn = scene(0)
+    Image.fromarray(drawn.image).save(tmp_path / "a.png")
+    Image.fromarray(drawn.phrases[0].mask).save(tmp_path / "m.png")
+    (tmp_path / "phrases.jsonl").write_text('{"image": "a.png", "phrase": "dog", "mask": "m.png"}\n')
+    code, said = run(capsys, "verify", tmp_path / "phrases.jsonl")
+    assert (code, "phrases.jsonl: 1" in said) == (0, True), said
+    (tmp_path / "m.png").write_bytes((tmp_path / "m.png").read_bytes()[:60])
+    code, said = run(capsys, "verify", tmp_path / "phrases.jsonl")
+    assert (code, "m.png [a.png]: can't be decoded" in said) == (1, True), said
+
+
 def test_verify_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.doc").touch()
     (tmp_path / "b").mkdir()
