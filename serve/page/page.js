@@ -62,12 +62,13 @@ function sceneFile({ src, dataset }) {
 
 async function ask() {
   const phrases = $("phrases").value.split("\n").map((p) => p.trim()).filter(Boolean);
-  const chosen = await picture?.catch(() => null); // `choose` has said why
   if (!picture) return fail("Choose a picture first.", $("file"));
   if (!phrases.length) return fail("Say what to look for.", $("phrases"));
+  const chosen = await picture.catch(() => null);
+  if (!chosen) return; // `choose` has said why
   asked = { picture: chosen, phrases, model: models.length > 1 ? $("model").value : "" };
   panels = [];
-  return answer();
+  await answer();
 }
 
 /** Asks for what is missing on the page: the first result, and the other one if two are to be compared. */
@@ -99,9 +100,9 @@ async function answer() {
 }
 
 async function result(settings, signal) {
-  const start = performance.now();
-  const text = await segment(asked, settings, signal);
-  const panel = await Panel.of(asked, settings, text, performance.now() - start);
+  const [question, start] = [asked, performance.now()];
+  const text = await segment(question, settings, signal);
+  const panel = await Panel.of(question, settings, text, performance.now() - start);
   signal.throwIfAborted();
   return panel;
 }
@@ -142,6 +143,7 @@ function say(text) {
 function fail(text, field) {
   say("");
   $("error").textContent = text;
+  $("error").scrollIntoView({ block: "nearest" });
   field?.focus();
 }
 

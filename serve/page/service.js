@@ -98,4 +98,4 @@ export function curlLine(asked, settings, threshold) {
 const quote = (text) => (/^[\w@%+=:,./-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`);
 
 /** A file's name as -F takes it: `,` and `;` end a name unless it stands in double quotes. */
-const formName = (name) => (/^[\w.][\w. -]*$/.test(name) ? name : `"./${name.replaceAll(/["\\]/g, "\\$&")}"`);
+const formName = (name) => (/^[\w.][\w. -]*$/.test(name) ? name : `"${name.replaceAll(/["\\]/g, "\\$&")}"`);
