@@ -94,7 +94,7 @@ def test_the_shipped_one_finds_nearly_the_same_masks(plain: Segmenter) -> None:
     assert miou(fast) > miou(plain) - 0.1
     pixels = torch.stack([module.images.image_to_tensor(p, 64) for p in pictures])
     theirs, ours = plain.backbone.encode(pixels), fast.backbone.encode(pixels)
-    assert (ours - theirs).square().mean() < 0.1 * theirs.var()
+    assert (ours - theirs).square().mean() < 0.2 * theirs.var()
 
 
 # --- few shapes, compilation ----------------------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def run_stage(stage: Stage) -> Summary:
 
 def _pipeline(stage: Stage) -> Dataset:
     run = stage.run
-    rows_per_task = max(run.batch_size, min(256, -(-stage.rows.num_rows // (8 * run.workers))))
+    rows_per_task = max(run.batch_size, min(256, -(-stage.rows.num_rows // (8 * max(run.workers, run.loaders)))))
     ds: Dataset = ray.data.read_datasource(IndexDatasource(stage.rows, rows_per_task))
     ds.context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(stage.out / "_checkpoint"), delete_checkpoint_on_success=False
