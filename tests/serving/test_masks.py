@@ -109,7 +109,6 @@ def test_nan_is_no_mask() -> None:
 
 def test_an_endless_outline_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     chequered = np.indices((40, 40)).sum(axis=0).astype(np.float32) % 2
-    assert len(masks.rings(chequered, 0.3)) > 10
     monkeypatch.setattr(masks, "MOST_POINTS", 2 * 39 * 40 - 1)
     with pytest.raises(Refusal, match="about 3120 points, more than 3119"):
         masks.found("a", result(chequered), "polygons")
