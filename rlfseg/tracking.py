@@ -47,8 +47,7 @@ SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databrick
 # MLflow's own (7 retries, backoff 2, 120 s) hold a training step for minutes; with these an outage costs 3 s a try.
 PATIENCE = {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "20"}
 logger = logging.getLogger(__name__)
-for _chatty in ("mlflow.store.db.utils", "mlflow.pyfunc"):
-    logging.getLogger(_chatty).setLevel(logging.WARNING)  # not for people who train
+logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of tables, examples, each start and stop
 
 
 def resolve_uri(uri: str | None = None, default_dir: Path = RUNS) -> str:
@@ -269,9 +268,6 @@ class Run:
 
     def _watch(self, node: str | None = None) -> None:
         if self.id is not None:
-            logging.getLogger(SystemMetricsMonitor.__module__).setLevel(
-                logging.WARNING
-            )  # it tells of each start and stop
             at = {"node_id": node, "tracking_uri": self.uri}
             self._monitor = SystemMetricsMonitor(self.id, resume_logging=self._resumed, **at)
             self._monitor.start()
