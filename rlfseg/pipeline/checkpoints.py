@@ -127,9 +127,9 @@ class Store:
             self.filesystem.delete_dir(checkpoint.path)
 
     def sweep(self, kept: Collection[str]) -> None:
-        """Deletes what deaths left behind: all but the checkpoints with these paths."""
+        """Deletes what deaths left behind: all but the checkpoints with these paths; nothing if there are none."""
         for checkpoint in self.newest_first():
-            if checkpoint.path not in kept:
+            if kept and checkpoint.path not in kept:
                 self.discard(checkpoint)
 
     def mend(self) -> None:

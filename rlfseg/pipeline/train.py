@@ -155,7 +155,7 @@ def _fit(job: Job, store: Store) -> set[str]:
         raise _cause(error, job) from None
     if isinstance(result.return_value, RlfsegError):
         raise result.return_value
-    return {checkpoint.path for checkpoint, _ in result.best_checkpoints}
+    return {checkpoint.path for checkpoint, _ in result.best_checkpoints or ()}
 
 
 def _cause(error: TrainingFailedError, job: Job) -> RlfsegError:
