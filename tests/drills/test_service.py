@@ -195,6 +195,7 @@ def cluster(root: Path, dashboard: int) -> Iterator[dict[str, str]]:
         finally:
             for process in [*family.children(recursive=True), family]:
                 process.kill()
+            head.wait()
 
 
 def _answers(url: str) -> bool:
