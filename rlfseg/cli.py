@@ -13,7 +13,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings 
 from pydantic import ValidationError
 
 from rlfseg import __version__, config
-from rlfseg.errors import ConfigError, RlfsegError
+from rlfseg.errors import ConfigError, JobError, RlfsegError
 
 FAILED, REFUSED_SOME = 1, 3
 
@@ -36,7 +36,8 @@ COMMANDS: dict[str, Command] = {
         settings=config.PrepareConfig,
         module="rlfseg.pipeline.prepare",
         what="write a data set as HDF5 shards in the paper's layout, with an index",
-        goes_in="drawn scenes, or a folder of images with mask PNGs and a list of phrases (index.json, .jsonl or .csv)",
+        goes_in="drawn scenes, or a data set in its own form: PhraseCut, RefCOCO, RefCOCO+, G-Ref, gRefCOCO, COCO, "
+        "COCO-Stuff, LabelMe, HDF5, or images with mask PNGs and a list of phrases (docs/data.md)",
         comes_out="OUT/*.h5, OUT/index.parquet",
         example="rlfseg prepare --source folder --path photos/index.json --splits '[train]' --out runs/a/train",
     ),
@@ -120,6 +121,15 @@ COMMANDS: dict[str, Command] = {
             "test": "the same: the set that should hold none of them",
         },
     ),
+    "submit": Command(
+        settings=config.SubmitConfig,
+        module="rlfseg.pipeline.submit",
+        what="run a command as a Ray job and exit with the job's own code",
+        goes_in="a command with its settings after `--`, and the repository that it is to run from",
+        comes_out="what the job prints",
+        example="rlfseg submit --address http://head:8265 -- train --config jobs/configs/paper/train.yaml --out /nfs/a",
+        positional={"command": "a command and its settings, after `--`"},
+    ),
     "serve": Command(
         settings=config.ServeConfig,
         module="serve.app",
@@ -144,7 +154,7 @@ COMMANDS: dict[str, Command] = {
         goes_in="nothing",
         comes_out="a table, OUT/bench.json, an MLflow run",
         example="rlfseg bench data --out runs/bench-data",
-        positional={"what": "what to measure: data, model, stages or sd"},
+        positional={"what": "what to measure: data, model, stages, sd or serve"},
     ),
 }  # fmt: skip
 
@@ -182,6 +192,8 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
             summary = importlib.import_module(command.module).run(settings)
     except ConfigError as error:
         return _complain(name, error, 2)
+    except JobError as error:
+        return _complain(name, error, error.code)
     except RlfsegError as error:
         return _complain(name, error, FAILED)
     except KeyboardInterrupt:
@@ -251,9 +263,10 @@ def _overview() -> str:
 def _show(summary: Any) -> None:
     speed = f", {summary.rows_in / summary.seconds:.1f}/s" if summary.seconds else ""
     resumed = f", {summary.resumed} of them done before" if summary.resumed else ""
+    where = f" on {summary.where}" if summary.where else ""
     print(
         f"{summary.name}: {summary.rows_in} in, {summary.rows_out} out, {len(summary.refused)} refused{resumed}; "
-        f"{summary.seconds:.1f} s{speed}; {summary.out}"
+        f"{summary.seconds:.1f} s{speed}{where}; {summary.out}"
     )
     for row_id, reason in list(summary.refused.items())[:20]:
         print(f"  refused {row_id}: {reason}")
@@ -261,3 +274,5 @@ def _show(summary: Any) -> None:
         print(f"  ... and {len(summary.refused) - 20} more")
     for figure, value in summary.figures.items():
         print(f"  {figure}: {value:.4f}" if isinstance(value, float) else f"  {figure}: {value}")
+    for note in summary.notes:
+        print(f"  {note}")

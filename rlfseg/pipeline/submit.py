@@ -1,0 +1,89 @@
+"""Submit: a command as a Ray job, watched to its end; this process's exit code is the job's.
+
+`ray job submit -- python -m jobs.NAME ...` does the same but for two things: it exits 0 when a job was stopped, and 1
+whatever the job's own code was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+from pathlib import Path
+
+from ray.exceptions import RayError
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from rlfseg.config import SubmitConfig
+from rlfseg.errors import ConfigError, DataError, JobError, ResourceError
+
+LIMIT_MIB = 100  # of what the Jobs API takes; Ray itself says only that the body is too large
+STOPPED = 143  # what a shell says of a process that was asked to end
+
+
+def run(config: SubmitConfig) -> None:
+    """Uploads the working directory, starts the job, prints what it prints.
+
+    Args:
+        config: Settings of the command.
+
+    Raises:
+        ConfigError: No such job, or the working directory is not this repository.
+        DataError: The working directory is too large to upload; names its biggest parts.
+        JobError: The job failed or was stopped.
+        ResourceError: No cluster answers, or it refuses the token.
+    """
+    name, *flags = config.command
+    folder = Path(config.working_dir).absolute()
+    if not (folder / "jobs" / f"{name}.py").is_file():
+        known = ", ".join(sorted(p.stem for p in (folder / "jobs").glob("[!_]*.py"))) or "none: is it the repository?"
+        raise ConfigError(f"command: no job {name!r} in {folder / 'jobs'}; there are {known}")
+    client = _client(config.address)
+    try:
+        job = client.submit_job(
+            entrypoint=shlex.join(["python", "-m", f"jobs.{name}", *flags]),
+            runtime_env={"working_dir": str(folder)},
+            entrypoint_num_cpus=config.cpus,
+        )
+    except (RuntimeError, ValueError) as error:
+        raise _too_large(folder) if "413" in str(error) else ResourceError(f"the job was not taken: {error}") from error
+    print(f"job {job}; `ray job stop {job}` stops it, the same command submitted again goes on from there", flush=True)
+    if config.wait:
+        asyncio.run(_watch(client, job))
+        _judge(job, client.get_job_info(job))
+
+
+def _client(address: str | None) -> JobSubmissionClient:
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, RayError) as error:
+        where = address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or "this machine"
+        reason = str(error).strip().partition("\n")[0]
+        raise ResourceError(
+            f"address: no job server at {where} takes us ({reason}); give --address http://HEAD:8265 and, where "
+            "RAY_AUTH_MODE is `token`, the cluster's token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+        ) from error
+
+
+async def _watch(client: JobSubmissionClient, job: str) -> None:
+    async for lines in client.tail_job_logs(job):
+        print(lines, end="", flush=True)
+
+
+def _judge(job: str, end: JobDetails) -> None:
+    if end.status == JobStatus.STOPPED:
+        raise JobError(f"job {job} was stopped", code=STOPPED)
+    if end.status != JobStatus.SUCCEEDED:
+        why = (end.message or "").strip().partition("\n")[0]
+        raise JobError(f"job {job} ended as {end.status}: {why}", code=end.driver_exit_code or 1)
+
+
+def _too_large(folder: Path) -> DataError:
+    sizes = {p: sum(f.stat().st_size for f in p.rglob("*") if f.is_file()) if p.is_dir() else p.stat().st_size
+             for p in folder.iterdir()}  # fmt: skip
+    biggest = sorted(sizes, key=lambda p: -sizes[p])[:5]
+    named = ", ".join(f"{p.name} {sizes[p] / 2**20:.0f} MiB" for p in biggest)
+    return DataError(
+        f"working_dir: {folder} is more than the {LIMIT_MIB} MiB that the Jobs API takes; name what jobs don't need in "
+        f".rayignore. The biggest, before .gitignore and .rayignore: {named}"
+    )
