@@ -1,6 +1,7 @@
 r"""Write a data set as HDF5 shards in the paper's layout, with an index.
 
-In: drawn scenes, or a folder of images with mask PNGs and a list of phrases (index.json, .jsonl or .csv).
+In: drawn scenes, or a data set in its own form: PhraseCut, RefCOCO, RefCOCO+, G-Ref, gRefCOCO, COCO, COCO-Stuff,
+LabelMe, HDF5, or images with mask PNGs and a list of phrases (docs/data.md).
 Out: OUT/*.h5, OUT/index.parquet.
 
     ray job submit --working-dir . -- \

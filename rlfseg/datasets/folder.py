@@ -15,62 +15,18 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rlfseg.errors import BadSample, DataError
-from rlfseg.hdf5 import Labelled, Sample, check_sample
-from rlfseg.images import load_image, load_mask
+from rlfseg.datasets.lists import as_object, read_json
+from rlfseg.datasets.records import Entry, Plan, Record, tally
+from rlfseg.errors import DataError
 
 LISTS = ("index.json", "phrases.jsonl", "phrases.csv")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Entry:
-    """One phrase of a record: the caption, the path of its mask, and its id in the source or None."""
-
-    caption: str
-    mask: str
-    task: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """One picture of the list, nothing of it opened yet.
-
-    Attributes:
-        id: Its `image_id`, else its path as the list has it.
-        image: Path of the picture.
-        size: (height, width) that the list declares, in pixels; None where it doesn't.
-        split: Its split; empty where the list has none.
-        phrases: In the list's order.
-        source: Path of the list.
-    """
-
-    id: str
-    image: str
-    size: tuple[int, int] | None
-    split: str
-    phrases: tuple[Entry, ...]
-    source: str
-
-    def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> Record:
-        """What `to_json` gave."""
-        fields = json.loads(text)
-        fields["phrases"] = tuple(Entry(**e) for e in fields["phrases"])
-        fields["size"] = fields["size"] and tuple(fields["size"])
-        return cls(**fields)
-
-
-def plan(path: str | os.PathLike[str]) -> list[Record]:
+def plan(path: Path) -> Plan:
     """Reads a list of phrases; pictures and masks are left alone.
 
     Args:
@@ -82,52 +38,17 @@ def plan(path: str | os.PathLike[str]) -> list[Record]:
     Raises:
         DataError: No list, or a row that lacks something or contradicts another; names the row.
     """
-    source = _list_in(Path(path).absolute())
+    source = _list_in(path.absolute())
     read = {".json": _json_rows, ".jsonl": _jsonl_rows, ".csv": _csv_rows}.get(source.suffix.lower())
     if read is None:
         raise DataError(f"{source}: a list of phrases is .json, .jsonl or .csv")
     try:
         records = _records(read(source), source)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{source}: can't be read ({error})") from error
     if not records:
         raise DataError(f"{source}: names no picture")
-    return records
-
-
-def load(record: Record) -> Sample:
-    """Decodes a record's picture and masks.
-
-    Args:
-        record: A line of the plan.
-
-    Returns:
-        The picture and its phrases, masks at the picture's size.
-
-    Raises:
-        BadSample: Any of them is missing, damaged or of the wrong size, or a text isn't Unicode.
-    """
-    image = load_image(record.image, name=record.image, sample=record.id)
-    size = image.shape[:2]
-    if record.size is not None and record.size != size:
-        reason = f"is {_by(size)} pixels as displayed; {record.source} says {_by(record.size)}"
-        raise BadSample(reason, file=record.image, sample=record.id)
-    phrases = []
-    for entry in record.phrases:
-        mask = load_mask(entry.mask, name=entry.mask, sample=record.id)
-        if mask.shape != size:
-            turned = "; was the mask drawn before the EXIF rotation?" if mask.shape == size[::-1] else ""
-            reason = f"the mask is {_by(mask.shape)} pixels, its picture {_by(size)} as displayed{turned}"
-            raise BadSample(reason, file=entry.mask, sample=record.id)
-        phrases.append(Labelled(caption=entry.caption, mask=mask, task=entry.task))
-    sample = Sample(id=record.id, image=image, phrases=tuple(phrases))
-    check_sample(sample, file=record.source)
-    return sample
-
-
-def _by(size: tuple[int, ...]) -> str:
-    """Height and width as people write them."""
-    return " x ".join(map(str, size[::-1]))
+    return Plan(name=source.name, records=records, found=tally(records))
 
 
 def _list_in(path: Path) -> Path:
@@ -146,13 +67,9 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 def _json_rows(source: Path) -> Rows:
-    tree = json.loads(source.read_text(encoding="utf-8-sig"))
-    images = tree.get("images") if isinstance(tree, dict) else None
-    if not isinstance(images, list):
-        raise DataError(f'{source}: must be {{"images": [...]}}')
-    for n, image in enumerate(images):
+    for n, image in enumerate(read_json(source, keys=("images",))["images"]):
         where = f"images[{n}]"
-        phrases = _object(image, where, source).get("phrases")
+        phrases = as_object(image, where, source).get("phrases")
         if not isinstance(phrases, list):
             raise DataError(f"{source}, {where}: 'phrases' must be a list, this is {phrases!a}")
         shared = {key: image.get(key) for key in ("image", "image_id", "split", "width", "height")}
@@ -160,7 +77,7 @@ def _json_rows(source: Path) -> Rows:
             yield where, shared
         for k, phrase in enumerate(phrases):
             here = f"{where}.phrases[{k}]"
-            row = _object(phrase, here, source)
+            row = as_object(phrase, here, source)
             yield here, {**shared, **{key: row.get(key) for key in ("phrase", "mask", "task_id")}}
 
 
@@ -169,8 +86,8 @@ def _jsonl_rows(source: Path) -> Rows:
         for n, line in enumerate(lines, 1):
             if line.strip():
                 try:
-                    yield f"line {n}", _object(json.loads(line), f"line {n}", source)
-                except json.JSONDecodeError as error:
+                    yield f"line {n}", as_object(json.loads(line), f"line {n}", source)
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{source}, line {n}: not JSON ({error})") from error
 
 
@@ -185,12 +102,6 @@ def _csv_rows(source: Path) -> Rows:
                 raise DataError(f"{source}, line {reader.line_num}: too many fields; quote phrases with commas")
             # A cell left empty is a value that is left out, but a phrase may be empty.
             yield f"line {reader.line_num}", {k: v for k, v in row.items() if v or (k == "phrase" and v is not None)}
-
-
-def _object(value: Any, where: str, source: Path) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{source}, {where}: must be an object, this is {value!a:.80}")
-    return value
 
 
 # --- rows to records -------------------------------------------------------------------------------------------------

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,15 +14,51 @@ import pyarrow.parquet as pq
 
 from rlfseg import hdf5
 from rlfseg.config import PrepareConfig, ShapesConfig, WorkersConfig, as_dict
-from rlfseg.datasets import folder, shapes
-from rlfseg.errors import BadSample, ConfigError
+from rlfseg.datasets import shapes, sources
+from rlfseg.datasets.raster import Rule
+from rlfseg.datasets.records import Loaded, Record
+from rlfseg.errors import BadSample
 from rlfseg.hdf5 import Labelled, Sample
+from rlfseg.pipeline.folders import require_finished
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
 
+# `refused`: JSON, image id -> reason; `skipped`: JSON, phrase -> what of it couldn't be drawn.
 SCHEMA = pa.schema(
-    [("id", pa.string()), ("status", pa.string()), ("images", pa.int64()), ("refused", pa.string())]
-)  # `refused`: JSON, image id -> reason
+    [
+        ("id", pa.string()),
+        ("status", pa.string()),
+        ("images", pa.int64()),
+        ("refused", pa.string()),
+        ("skipped", pa.string()),
+    ]
+)
+PHRASES = "phrases.parquet"  # what a source tells of its phrases beyond their masks: id, task, ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What there is to write.
+
+    Attributes:
+        items: An image each, as text that `load` takes.
+        load: Makes the sample of an item.
+        shard: How shards are called; a number follows.
+        attributes: Stored at the root of every file.
+        identity: What of the input changes the result.
+        report: For `_SUCCESS.json`.
+        refused: Image -> why it isn't among the items.
+        phrases: See PHRASES.
+    """
+
+    items: list[str]
+    load: Callable[[str], Loaded]
+    shard: str
+    attributes: dict[str, str]
+    identity: Row
+    report: Row | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    phrases: pa.Table | None = None
 
 
 def run(config: PrepareConfig) -> Summary:
@@ -29,51 +68,71 @@ def run(config: PrepareConfig) -> Summary:
         config: Settings of the command.
 
     Returns:
-        Counts, refusals and seconds.
+        Counts, refusals, seconds, and what is short, missing or unused.
 
     Raises:
         BadSample: An image or mask can't be used and `on_error` is `stop`.
-        ConfigError: `path` is missing for a source that needs one.
+        DataError: A list is damaged, or images are missing and `on_error` is `stop`.
+        ConfigError: `path` is missing for a source that needs one, or another setting is wrong.
     """
     out = Path(config.out).absolute()
-    rows = _plan(config)
+    job = _drawing(config) if config.source == "shapes" else _converting(config)
+    starts = range(0, len(job.items), config.images_per_shard)
+    parts = [job.items[n : n + config.images_per_shard] for n in starts]
+    names = [f"{job.shard}-{n:05d}" for n in range(len(parts))]
     settings = as_dict(config)
-    identity = {k: settings[k] for k in ("source", "path", "splits", "shapes", "images_per_shard")}
-    return run_stage(
+    identity = {k: settings[k] for k in ("source", "path", "splits", "shapes", "images_per_shard")} | job.identity
+    summary = run_stage(
         Stage(
             name="prepare",
-            rows=rows,
+            rows=pa.table({"id": names, "items": pa.array(parts, pa.large_list(pa.large_string()))}),
             load=_nothing_to_load,
             work=ShardWriter,
-            kwargs={"out": out, "shapes_config": config.shapes, "skip": config.on_error == "skip"},
+            kwargs={"out": out, "load": job.load, "attributes": job.attributes, "skip": config.on_error == "skip"},
             schema=SCHEMA,
             out=out,
-            run=WorkersConfig(workers=min(config.workers, rows.num_rows), batch_size=1),
+            run=WorkersConfig(workers=min(config.workers, len(parts)), batch_size=1),
             identity=identity,
             on_error=config.on_error,
-            finalize=lambda counts: _index(out, counts),
+            finalize=lambda counts: _index(out, counts, job),
         )
+    )
+    report = require_finished(out).get("report")
+    return replace(summary, notes=sources.notes(report)) if report else summary
+
+
+def _drawing(config: PrepareConfig) -> Job:
+    return Job(
+        items=[str(n) for n in range(config.shapes.count)],
+        load=partial(_draw, config.shapes),
+        shard=f"{config.shapes.split}-{config.shapes.labels}",
+        attributes={"source": "shapes"},
+        identity={},
     )
 
 
-def _plan(config: PrepareConfig) -> pa.Table:
-    """Shards to write: id, and either the first and last scene or the records of a folder."""
-    if config.source == "shapes":
-        items = [str(n) for n in range(config.shapes.count)]
-        name = f"{config.shapes.split}-{config.shapes.labels}"
-    else:
-        if config.path is None:
-            raise ConfigError(
-                "path: null; give the list of phrases, or the folder that holds it, e.g. --path data/index.json"
-            )
-        records = [r for r in folder.plan(Path(config.path)) if not config.splits or r.split in config.splits]
-        if not records:
-            raise ConfigError(f"splits: no image of {config.path} is in {', '.join(config.splits)}")
-        items = [r.to_json() for r in records]
-        name = "shard"
-    size = config.images_per_shard
-    parts = [items[n : n + size] for n in range(0, len(items), size)]
-    return pa.table({"id": [f"{name}-{n:05d}" for n in range(len(parts))], "items": parts})
+def _converting(config: PrepareConfig) -> Job:
+    found = sources.survey(config)
+    items = [record.to_json() for record in found.records]
+    settings = as_dict(config)
+    return Job(
+        items=items,
+        load=partial(_load, config.source, found.rule),
+        shard="shard",
+        attributes=found.attributes,
+        # Other annotations under the same path, or a picture that came to be missing, are another job.
+        identity={k: settings[k] for k in ("images", "rasteriser", "exclude_ids")} | {"records": _digest(items)},
+        report=found.report,
+        refused=found.refused,
+        phrases=found.phrases,
+    )
+
+
+def _digest(items: list[str]) -> str:
+    digest = sha256()
+    for item in items:
+        digest.update(item.encode())
+    return digest.hexdigest()[:12]
 
 
 class ShardWriter:
@@ -81,37 +140,48 @@ class ShardWriter:
 
     Args:
         out: Folder of the shards.
-        shapes_config: How scenes are drawn.
+        load: Makes the sample of an item; raises BadSample.
+        attributes: Stored at the root of every file.
         skip: Count and leave out a bad image instead of refusing its shard.
     """
 
-    def __init__(self, out: Path, shapes_config: ShapesConfig, *, skip: bool):
-        self.out, self.shapes, self.skip = out, shapes_config, skip
+    def __init__(self, out: Path, load: Callable[[str], Loaded], attributes: dict[str, str], *, skip: bool):
+        self.out, self.load, self.attributes, self.skip = out, load, attributes, skip
 
     def __call__(self, rows: Rows) -> Rows:
-        """Rows `id`, `items` in; `images` and `refused` (JSON) out."""
+        """Rows `id`, `items` in; `images`, and `refused` and `skipped` (JSON) out."""
         return [self._shard(row) for row in rows]
 
     def _shard(self, row: Row) -> Row:
         bad: dict[str, str] = {}
+        skipped: dict[str, str] = {}
+        samples = self._samples(row["items"], bad, skipped)
         try:
-            count = hdf5.write_shard(self.out / f"{row['id']}.h5", self._samples(row["items"], bad))
+            count = hdf5.write_shard(self.out / f"{row['id']}.h5", samples, self.attributes)
         except BadSample as error:
             return refused(row, error)
-        return {"id": row["id"], "status": OK, "images": count, "refused": json.dumps(bad)}
+        texts = {"refused": json.dumps(bad), "skipped": json.dumps(skipped)}
+        return {"id": row["id"], "status": OK, "images": count, **texts}
 
-    def _samples(self, items: list[str], bad: dict[str, str]) -> Iterator[Sample]:
+    def _samples(self, items: list[str], bad: dict[str, str], skipped: dict[str, str]) -> Iterator[Sample]:
         for item in items:
-            if item.isdigit():
-                yield drawn(int(item), self.shapes)
-                continue
-            record = folder.Record.from_json(item)
             try:
-                yield folder.load(record)
+                sample, left_out = self.load(item)
             except BadSample as error:
                 if not self.skip:
                     raise
-                bad[record.id] = str(error)
+                bad[error.sample or error.file] = str(error)
+                continue
+            skipped |= left_out
+            yield sample
+
+
+def _load(source: str, rule: Rule, item: str) -> Loaded:
+    return sources.loader(source)(Record.from_json(item), rule)
+
+
+def _draw(config: ShapesConfig, item: str) -> Loaded:
+    return Loaded(drawn(int(item), config), {})
 
 
 def drawn(index: int, config: ShapesConfig) -> Sample:
@@ -136,16 +206,20 @@ def _nothing_to_load(row: Row) -> Row:
     return row
 
 
-def _index(out: Path, counts: Row) -> Row:
+def _index(out: Path, counts: Row, job: Job) -> Row:
     """Builds the index and counts images instead of shards."""
-    bad: dict[str, str] = dict(counts["refused"])
+    bad: dict[str, str] = {**job.refused, **counts["refused"]}
+    skipped: dict[str, str] = {}
     for path in (out / "data").glob("*.parquet"):
         for row in pq.read_table(path).to_pylist():
             bad |= json.loads(row["refused"] or "{}")
+            skipped |= json.loads(row["skipped"] or "{}")
     index = hdf5.build_index(out)
+    if job.phrases is not None:
+        pq.write_table(job.phrases, out / PHRASES)
     return {
         "rows_in": index.num_rows + len(bad),
         "rows_out": index.num_rows,
         "refused": bad,
         "phrases": sum(index["n_phrases"].to_pylist()),
-    }
+    } | ({"report": {**job.report, "skipped": skipped}} if job.report else {})
