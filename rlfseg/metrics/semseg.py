@@ -87,7 +87,8 @@ class SemSeg(Additive):
     @classmethod
     def none(cls, n_classes: int) -> SemSeg:
         """Sums of nothing yet."""
-        return cls(**{name: np.zeros(n_classes, np.int64) for name in ("right", "predicted", "true")})
+        right, predicted, true = np.zeros((3, n_classes), np.int64)
+        return cls(right=right, predicted=predicted, true=true)
 
     @classmethod
     def of(cls, pred: Labels, truth: Labels, n_classes: int) -> SemSeg:

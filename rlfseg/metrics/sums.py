@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -52,7 +51,7 @@ class Additive(ABC):
 
 def zeros(n: int) -> Callable[[], NDArray[np.int64]]:
     """For a field's `default_factory`: n whole numbers, all 0, int64 [n]."""
-    return partial(np.zeros, n, np.int64)
+    return lambda: np.zeros(n, np.int64)
 
 
 def units(values: Any) -> Any:

@@ -239,4 +239,4 @@ def load_score(path: str, *, sample: str | None = None, values: Values = "auto")
     if values == "auto" and highest == 255 and levels.max() == 1:
         reason = "8-bit grey with nothing above 1: a mask, or very low scores? Give --png_values masks, or scores"
         raise BadSample(reason, file=path, sample=sample)
-    return levels.astype(np.float32) / highest
+    return levels.astype(np.float32) / np.float32(highest)

@@ -91,7 +91,7 @@ def _zero(protocol: str, classes: tuple[str, ...]) -> Additive:
 
 def _add_up(out: Path, protocol: str, zero: Additive) -> tuple[Additive, dict[str, Additive]]:
     """The sums of the whole set and of each of its subsets."""
-    whole, by_subset = zero.vector(), {}
+    whole, by_subset = zero.vector(), dict[str, NDArray[np.int64]]()
     for part in _parts(out, protocol):
         whole = whole + part.vectors.sum(axis=0)
         for name in {n for own in part.subsets for n in own}:

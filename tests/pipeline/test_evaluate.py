@@ -156,6 +156,34 @@ def test_intervals_hold_the_value_and_are_the_same_again(tmp_path: Path) -> None
     assert none["intervals"] == {}
 
 
+def test_intervals_are_of_whole_images(tmp_path: Path) -> None:
+    rows, settings = made(7, 12), config(protocol="phrasecut", resamples=40, seed=3)
+    got = written(rows, tmp_path, settings, files=2)
+    means, sums = [], []
+    for row in [*rows[0::2], *rows[1::2]]:  # as they lie in the two files
+        pairs = [(given(row, c), t) for c, t in zip(row["captions"], row["labels"], strict=True)]
+        ious = [0.0 if s is None else metrics.iou((s > 0.5).astype(np.uint8), t) for s, t in pairs]
+        if ious:
+            sums.append((sum(ious), len(ious)))
+    for draw in metrics.draw_images(len(sums), 40, 3):
+        total, count = (draw.astype(float) @ [part[i] for part in sums] for i in (0, 1))
+        means.append(total / count)
+    assert got["intervals"]["phrasecut"]["miou"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=1e-9)
+
+
+def test_a_phrase_that_comes_twice_is_matched_in_order() -> None:
+    row = made(8, 1)[0]
+    masks = [np.zeros(row["size"], np.uint8) for _ in range(3)]
+    for n, mask in enumerate(masks):
+        mask[n] = 1
+    scores = [m.astype(np.float32) for m in masks]
+    row |= {"captions": ["dog", "cat", "dog", "dog"], "labels": [masks[0], masks[1], masks[2], masks[0]]}
+    row |= {"subsets": [[]] * 4, "predicted": [("dog", scores[0]), ("dog", scores[2]), ("cat", scores[1])]}
+    done = Measure(config(protocol="rlfseg"), 0.5)(row)
+    assert done["iou"] == [1, 1, 1, 0]
+    assert done["missing"] == [False, False, False, True]
+
+
 def test_an_image_without_phrases_is_counted_and_breaks_nothing(tmp_path: Path) -> None:
     rows = made(3)
     rows[0] |= {"captions": [], "labels": [], "subsets": []}
