@@ -11,6 +11,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from rlfseg.draw import PALETTE
 from tests.serving.browser import (
     PAGE_KEY,
     ask_for,
@@ -177,6 +178,11 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inline(browser: Browser, ur
         page.goto(url)
         expect(page.get_by_text("Model: calibrated")).to_be_visible()
         assert hosts - {"data"} == {url.removeprefix("http://")}
+
+
+def test_colours_are_those_of_overlays(root: Path) -> None:
+    written = re.findall(r"\[(\d+), (\d+), (\d+)\]", (root / "serve" / "page" / "masks.js").read_text())
+    assert [tuple(map(int, colour)) for colour in written] == list(PALETTE)
 
 
 def test_page_files_are_short(root: Path) -> None:
