@@ -61,17 +61,21 @@ def read_items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if text[at : at + 1] != "[":
         raise DataError(f"{path}: must be a JSON list of objects, it begins with {text[at : at + 20]!a}")
     at = _skip_blanks(text, at + 1)
-    while text[at : at + 1] != "]" or number == -1:
+    more = text[at : at + 1] != "]"
+    while more:
         try:
             item, at = decoder.raw_decode(text, at)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: broken after {number:,} whole items ({error}); was it cut short?") from error
         yield f"[{number}]", as_object(item, f"[{number}]", path)
         number, at = number + 1, _skip_blanks(text, at)
-        if text[at : at + 1] == ",":
+        more = text[at : at + 1] == ","
+        if more:
             at = _skip_blanks(text, at + 1)
         elif text[at : at + 1] != "]":
             raise DataError(f"{path}: ends after {number:,} whole items without a closing ]; was it cut short?")
+    if text[_skip_blanks(text, at + 1) :]:
+        raise DataError(f"{path}: goes on behind its closing ], after {number:,} items")
 
 
 def _skip_blanks(text: str, at: int) -> int:

@@ -61,4 +61,4 @@ def load(record: Record, rule: Rule) -> Loaded:
     Raises:
         BadSample: It can't be read after all.
     """
-    return Loaded(read_sample(record.image, record.id), {})
+    return Loaded(read_sample(record.image, record.id), {}, {})

@@ -12,6 +12,7 @@ than annotated (17 are known); they are refused by name.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,14 @@ OFFICIAL = {
     "test": Counts(2_545, 14_354),
     "miniv": Counts(100, 821),
 }
+# A phrase is about stuff if one of these is in its `name`, about an object if not: the data set's own two subsets.
+STUFF = re.compile(
+    "water|sea|river|fog|ground|field|platform|rail|pavement|road|gravel|mud|dirt|snow|sand|solid|hill|mountain|stone|rock"
+    "|wood|sky|cloud|vegetation|straw|moss|branch|leaf|leaves|bush|tree|grass|forest|net|cage|fence|building|roof|tent"
+    "|bridge|house|food|vegetable|salad|textile|banner|blanket|curtain|cloth|napkin|towel|mat|rug|stairs|light|counter"
+    "|mirror|cupboard|cabinet|shelf|table|desk|door|window|floor|carpet|ceiling|wall|brick|metal|plastic|paper|cardboard"
+    "|street|shadow|sidewalk|plant|wave|reflection|ocean|beach"
+)
 PICTURES = ("image_data_split.json", "image_data_split3000.json")
 
 
@@ -70,7 +79,7 @@ def plan(path: Path, images: str | None, splits: Sequence[str]) -> Plan:
             if image not in pictures:
                 raise DataError(f"{source}, task {entry.task}: no picture of the list has id {image}")
             entries.setdefault(image, []).append(entry)
-            rows.append({"id": str(image), "task": str(entry.task), "split": split, "structure": json.dumps(structure)})
+            rows.append({"id": str(image), "task": str(entry.task), "split": split, **_sorted(structure)})
         records += [
             Record(
                 id=str(image),
@@ -92,6 +101,7 @@ def plan(path: Path, images: str | None, splits: Sequence[str]) -> Plan:
         folder=str(folder),
         listed=frozenset(f"{image}.jpg" for image in pictures),
         phrases=pa.Table.from_pylist(rows),
+        sorts=("kind", "phrase_type"),
     )
 
 
@@ -120,6 +130,17 @@ def _tasks(source: Path) -> Iterator[tuple[int, Entry, Any]]:
             objects=tuple(_flat(polygons) for polygons in objects) or ([],),
         )
         yield field(task, "image_id", int, where, source), entry, task.get("phrase_structure")
+
+
+def _sorted(structure: Any) -> dict[str, str]:
+    """A phrase's structure as JSON, and the subsets that it puts the phrase in."""
+    known = structure if isinstance(structure, dict) else {}
+    name = str(known.get("name", ""))
+    return {
+        "structure": json.dumps(structure),
+        "kind": "stuff" if STUFF.search(name) else "object",
+        "phrase_type": str(known.get("type", "")),
+    }
 
 
 def _flat(polygons: Any) -> list[Any]:

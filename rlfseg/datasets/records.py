@@ -110,7 +110,9 @@ class Plan:
         attributes: More facts for the files' attributes.
         without_phrases: Pictures that no phrase is about and that are left out.
         bad: What couldn't even be listed -> why.
-        phrases: A row a phrase, `id`, `task` and whatever else the source tells of it that a sample has no place for.
+        phrases: A row a phrase: `id` of its picture, `task`, and what else the source tells of it that a sample has no
+            place for.
+        sorts: Columns of it that sort phrases, with few different texts; evaluation makes subsets of them.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Plan:
     without_phrases: int = 0
     bad: Mapping[str, str] = field(default_factory=dict)
     phrases: pa.Table | None = None
+    sorts: tuple[str, ...] = ()
 
 
 def tally(records: Iterable[Record]) -> dict[str, Counts]:
@@ -137,10 +140,17 @@ def tally(records: Iterable[Record]) -> dict[str, Counts]:
 
 
 class Loaded(NamedTuple):
-    """A sample, and what of its annotation couldn't be drawn: `id: task` -> why."""
+    """A sample, and what of its annotation couldn't be drawn; keys are `id: task`, or `id: number` without a task.
+
+    Attributes:
+        sample: The picture and its phrases.
+        skipped: Phrases that were left out, and why.
+        partly: Phrases that were drawn without some of their objects or polygons, and without how many.
+    """
 
     sample: Sample
     skipped: dict[str, str]
+    partly: dict[str, str]
 
 
 def load(record: Record, rule: Rule, picture: Source | None = None) -> Loaded:
@@ -166,17 +176,18 @@ def load(record: Record, rule: Rule, picture: Source | None = None) -> Loaded:
     _check_size(record, size)
     _check_memory(record, image)
     labels = None if record.labels is None else _sized(record, record.labels, size, load_labels)
-    phrases, skipped = [], {}
+    phrases: list[Labelled] = []
+    skipped: dict[str, str] = {}
+    partly: dict[str, str] = {}
     for number, entry in enumerate(record.phrases):
-        name = f"{record.id}: {entry.task or number}"
-        phrase, why = _phrase(record, entry, size, labels, rule)
+        phrase, lost = _phrase(record, entry, size, labels, rule)
         if phrase is not None:
             phrases.append(phrase)
-        if why:
-            skipped[name] = why
+        if lost:
+            (partly if phrase else skipped)[f"{record.id}: {entry.task or number}"] = lost
     sample = Sample(id=record.id, image=image, phrases=tuple(phrases), coco_id=record.coco_id)
     check_sample(sample, file=record.source)
-    return Loaded(sample, skipped)
+    return Loaded(sample, skipped, partly)
 
 
 def _check_size(record: Record, size: tuple[int, int]) -> None:
@@ -211,9 +222,8 @@ def _phrase(
     instances = np.stack(objects) if objects else np.zeros((0, *size), np.uint8)
     mask = np.bitwise_or.reduce(instances, axis=0)
     lost = {"objects": len(drawn) - len(objects), "polygons": sum(d.dropped for d in drawn)}
-    why = ", ".join(f"{number} {what}" for what, number in lost.items() if number)
     phrase = Labelled(caption=entry.caption, mask=mask, instances=instances, task=entry.task)
-    return phrase, f"drawn without {why} that can't be" if why else ""
+    return phrase, ", ".join(f"{number} {what}" for what, number in lost.items() if number)
 
 
 def _outline(record: Record, entry: Entry, outline: Outline, size: tuple[int, int], rule: Rule) -> Drawn:

@@ -168,9 +168,9 @@ def _phrases(refs: Iterable[Tree], known: Annotations, path: Path) -> Iterator[t
 
 
 def _objects(ref: Tree, outlines: dict[Any, Outline], where: str, path: Path) -> tuple[Outline, ...]:
-    """Outlines of what a ref is about; none where it says that nothing in the picture is meant (`[-1]` or `[]`)."""
+    """Outlines of what a ref is about; none where it says that nothing in the picture is meant: `[-1]`, or no id."""
     meant = ref.get("ann_id")
-    if meant in ([-1], []):
+    if meant == [-1]:
         return ()
     ids = meant if isinstance(meant, list) else [meant]
     if unknown := [key for key in ids if not isinstance(key, int) or key not in outlines]:

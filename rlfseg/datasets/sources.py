@@ -34,6 +34,7 @@ class Survey:
         refused: Picture -> why it can't be converted, known already: it isn't on disk, for one.
         report: What is short, missing, unused or excluded, for `_SUCCESS.json`; `notes` says it in words.
         phrases: See `records.Plan`.
+        sorts: See `records.Plan`.
     """
 
     records: list[Record]
@@ -42,6 +43,7 @@ class Survey:
     refused: dict[str, str]
     report: dict[str, Any]
     phrases: pa.Table | None
+    sorts: tuple[str, ...]
 
 
 def survey(config: PrepareConfig) -> Survey:
@@ -87,6 +89,7 @@ def survey(config: PrepareConfig) -> Survey:
         refused=refused,
         report=report,
         phrases=plan.phrases,
+        sorts=plan.sorts,
     )
 
 
@@ -100,7 +103,7 @@ def notes(report: dict[str, Any]) -> tuple[str, ...]:
     """What a user should know of a data set that was converted, a line each.
 
     Args:
-        report: Of a survey, and `skipped`: phrase -> why.
+        report: Of a survey; once converted with `skipped` and `partly`: phrase -> why.
 
     Returns:
         Lines; none if there is nothing to tell.
@@ -116,9 +119,10 @@ def notes(report: dict[str, Any]) -> tuple[str, ...]:
         lines.append(f"unused: {count} pictures that no list names: {_some(report['unused']['first'], count)}")
     if report["excluded"]:
         lines.append(f"excluded: {len(report['excluded'])} pictures by exclude_ids")
-    if skipped := report.get("skipped"):
-        said = [f"{name} ({why})" for name, why in list(skipped.items())[:NAMED]]
-        lines.append(f"skipped: {len(skipped)} phrases, in whole or part: {_some(said, len(skipped))}")
+    for what, meaning in (("skipped", "can't be drawn"), ("partly", "are drawn without a part")):
+        if names := report.get(what):
+            said = [f"{name} ({why})" for name, why in list(names.items())[:NAMED]]
+            lines.append(f"{what}: {len(names)} phrases {meaning}: {_some(said, len(names))}")
     return tuple(lines)
 
 

@@ -20,7 +20,16 @@ text with a lone surrogate is refused, since neither HDF5 nor Arrow nor a tokeni
 """
 
 from rlfseg.hdf5.child import Seen, preflight
-from rlfseg.hdf5.index import INDEX, INDEX_SCHEMA, SUFFIXES, build_index, id_hash, list_shards, read_index
+from rlfseg.hdf5.index import (
+    INDEX,
+    INDEX_SCHEMA,
+    SUFFIXES,
+    add_columns,
+    build_index,
+    id_hash,
+    list_shards,
+    read_index,
+)
 from rlfseg.hdf5.reading import Reader, iter_ids, read_captions, read_image, read_sample
 from rlfseg.hdf5.samples import Labelled, Sample, check_sample, escape, unescape
 from rlfseg.hdf5.writing import write_shard
@@ -33,6 +42,7 @@ __all__ = [
     "Reader",
     "Sample",
     "Seen",
+    "add_columns",
     "build_index",
     "check_sample",
     "escape",

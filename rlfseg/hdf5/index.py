@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,16 @@ def id_hash(sample_id: str) -> str:
     return hashlib.sha256(sample_id.encode()).hexdigest()
 
 
-def _write(folder: Path, rows: Iterable[dict[str, Any]]) -> pa.Table:
-    """Sorts rows of `INDEX_SCHEMA` by the hash of their ids and writes them under `INDEX`, whole or not at all."""
-    table = pa.Table.from_pylist(sorted(rows, key=lambda row: id_hash(row["id"])), schema=INDEX_SCHEMA)
+def add_columns(folder: AnyPath, columns: Mapping[str, pa.Array]) -> pa.Table:
+    """Adds columns to the index of a folder, in the order of its rows; gives what `read_index` now will."""
+    table = read_index(Path(folder))
+    for name, values in columns.items():
+        table = table.append_column(name, values)
+    return _write(Path(folder), table)
+
+
+def _write(folder: Path, table: pa.Table) -> pa.Table:
+    """Writes an index under `INDEX`, whole or not at all."""
     temporary = folder / f".{INDEX}.{uuid.uuid4().hex[:12]}.tmp"
     try:
         pq.write_table(table, temporary, write_page_checksum=True)
@@ -116,7 +123,8 @@ def build_index(
         on_bad(error)
     if not rows:
         raise DataError(f"{root}: no samples in {len(paths)} HDF5 files")
-    return _write(root, rows.values())
+    in_order = sorted(rows.values(), key=lambda row: id_hash(row["id"]))
+    return _write(root, pa.Table.from_pylist(in_order, schema=INDEX_SCHEMA))
 
 
 def list_shards(folder: AnyPath) -> list[Path]:

@@ -23,15 +23,9 @@ from rlfseg.pipeline.folders import require_finished
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
 
-# `refused`: JSON, image id -> reason; `skipped`: JSON, phrase -> what of it couldn't be drawn.
+NOTES = ("refused", "skipped", "partly")  # JSON: image -> why it isn't there; phrase -> why it isn't, or isn't whole
 SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("status", pa.string()),
-        ("images", pa.int64()),
-        ("refused", pa.string()),
-        ("skipped", pa.string()),
-    ]
+    [("id", pa.string()), ("status", pa.string()), ("images", pa.int64()), *((name, pa.string()) for name in NOTES)]
 )
 PHRASES = "phrases.parquet"  # what a source tells of its phrases beyond their masks: id, task, ...
 
@@ -49,6 +43,7 @@ class Job:
         report: For `_SUCCESS.json`.
         refused: Image -> why it isn't among the items.
         phrases: See PHRASES.
+        sorts: Columns of it that go into the index, for evaluation by subset.
     """
 
     items: list[str]
@@ -59,6 +54,7 @@ class Job:
     report: Row | None = None
     refused: dict[str, str] = field(default_factory=dict)
     phrases: pa.Table | None = None
+    sorts: tuple[str, ...] = ()
 
 
 def run(config: PrepareConfig) -> Summary:
@@ -125,6 +121,7 @@ def _converting(config: PrepareConfig) -> Job:
         report=found.report,
         refused=found.refused,
         phrases=found.phrases,
+        sorts=found.sorts,
     )
 
 
@@ -149,31 +146,30 @@ class ShardWriter:
         self.out, self.load, self.attributes, self.skip = out, load, attributes, skip
 
     def __call__(self, rows: Rows) -> Rows:
-        """Rows `id`, `items` in; `images`, and `refused` and `skipped` (JSON) out."""
+        """Rows `id`, `items` in; `images` and NOTES out."""
         return [self._shard(row) for row in rows]
 
     def _shard(self, row: Row) -> Row:
-        bad: dict[str, str] = {}
-        skipped: dict[str, str] = {}
-        samples = self._samples(row["items"], bad, skipped)
+        notes: dict[str, dict[str, str]] = {name: {} for name in NOTES}
         try:
-            count = hdf5.write_shard(self.out / f"{row['id']}.h5", samples, self.attributes)
+            count = hdf5.write_shard(self.out / f"{row['id']}.h5", self._samples(row["items"], notes), self.attributes)
         except BadSample as error:
             return refused(row, error)
-        texts = {"refused": json.dumps(bad), "skipped": json.dumps(skipped)}
-        return {"id": row["id"], "status": OK, "images": count, **texts}
+        told = {name: json.dumps(noted) for name, noted in notes.items()}
+        return {"id": row["id"], "status": OK, "images": count, **told}
 
-    def _samples(self, items: list[str], bad: dict[str, str], skipped: dict[str, str]) -> Iterator[Sample]:
+    def _samples(self, items: list[str], notes: dict[str, dict[str, str]]) -> Iterator[Sample]:
         for item in items:
             try:
-                sample, left_out = self.load(item)
+                loaded = self.load(item)
             except BadSample as error:
                 if not self.skip:
                     raise
-                bad[error.sample or error.file] = str(error)
+                notes["refused"][error.sample or error.file] = str(error)
                 continue
-            skipped |= left_out
-            yield sample
+            notes["skipped"] |= loaded.skipped
+            notes["partly"] |= loaded.partly
+            yield loaded.sample
 
 
 def _load(source: str, rule: Rule, item: str) -> Loaded:
@@ -181,7 +177,7 @@ def _load(source: str, rule: Rule, item: str) -> Loaded:
 
 
 def _draw(config: ShapesConfig, item: str) -> Loaded:
-    return Loaded(drawn(int(item), config), {})
+    return Loaded(drawn(int(item), config), {}, {})
 
 
 def drawn(index: int, config: ShapesConfig) -> Sample:
@@ -208,18 +204,31 @@ def _nothing_to_load(row: Row) -> Row:
 
 def _index(out: Path, counts: Row, job: Job) -> Row:
     """Builds the index and counts images instead of shards."""
-    bad: dict[str, str] = {**job.refused, **counts["refused"]}
-    skipped: dict[str, str] = {}
+    notes: dict[str, dict[str, str]] = {name: {} for name in NOTES}
     for path in (out / "data").glob("*.parquet"):
         for row in pq.read_table(path).to_pylist():
-            bad |= json.loads(row["refused"] or "{}")
-            skipped |= json.loads(row["skipped"] or "{}")
+            for name, noted in notes.items():
+                noted |= json.loads(row[name] or "{}")
+    bad = job.refused | counts["refused"] | notes.pop("refused")
     index = hdf5.build_index(out)
     if job.phrases is not None:
         pq.write_table(job.phrases, out / PHRASES)
+        hdf5.add_columns(out, _sorts(index, job.phrases, job.sorts, notes["skipped"]))
     return {
         "rows_in": index.num_rows + len(bad),
         "rows_out": index.num_rows,
         "refused": bad,
         "phrases": sum(index["n_phrases"].to_pylist()),
-    } | ({"report": {**job.report, "skipped": skipped}} if job.report else {})
+    } | ({"report": job.report | notes} if job.report else {})
+
+
+def _sorts(index: pa.Table, phrases: pa.Table, sorts: tuple[str, ...], skipped: dict[str, str]) -> dict[str, pa.Array]:
+    """Columns for the index: a text for each phrase of an image, in the order of its captions."""
+    kept: dict[str, list[Row]] = {}
+    for row in phrases.to_pylist():
+        if f"{row['id']}: {row['task']}" not in skipped:
+            kept.setdefault(row["id"], []).append(row)
+    of_images = [kept[image] for image in index["id"].to_pylist()]
+    return {
+        name: pa.array([[row[name] for row in rows] for rows in of_images], pa.list_(pa.string())) for name in sorts
+    }

@@ -61,6 +61,8 @@ def test_a_list_cut_anywhere_is_named_with_what_was_whole(tmp_path: Path) -> Non
         ("[" * 100_000, "broken after 0 whole items"),
         ("[{]", "broken after 0 whole items"),
         ("", "must be a JSON list"),
+        ('[{"a": 1},]', "broken after 1 whole items"),
+        ('[{"a": 1}]\n[{"a": 2}]', r"goes on behind its closing \], after 1 items"),
     ],
 )
 def test_other_things_are_refused(tmp_path: Path, text: str, reason: str) -> None:

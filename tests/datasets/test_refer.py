@@ -114,13 +114,13 @@ def test_every_real_sentence_is_a_sample_with_the_toolboxs_mask(
 def test_each_sentence_counts_and_splits_are_kept_apart(root: Path) -> None:
     survey = sources.survey(settings(root, splits=("val",)))
     (record,) = survey.records
-    sample, skipped = records.load(record, survey.rule)
+    sample, skipped, partly = records.load(record, survey.rule)
     assert [(p.caption, p.task) for p in sample.phrases] == [
         ("left dog", "1__10"),
         ("the dog that is on the left", "1__11"),
         ("dog", "1__12"),
     ]
-    assert list(skipped) == ["7: 3__30"]  # a line has no area
+    assert (list(skipped), partly) == (["7: 3__30"], {})  # a line has no area
     assert {p.mask.sum() for p in sample.phrases} == {16}  # the part inside is no hole
     assert survey.attributes == {"source": "refcoco refs(unc).p", "text": "sent", "rasteriser": "pycocotools"}
     assert sources.notes(survey.report) == (
@@ -338,5 +338,5 @@ def test_grefcoco_has_several_objects_or_none(root: Path) -> None:
     assert by_caption["the zebra"].mask.shape == (8, 10)
     assert by_caption["the zebra"].mask.sum() == 0
     assert by_caption["the zebra"].instances is not None
-    assert first.skipped == {"7: 4__40": "drawn without 1 objects, 1 polygons that can't be"}
-    assert second.skipped == {}
+    assert first.partly == {"7: 4__40": "1 objects, 1 polygons"}
+    assert (first.skipped, second.skipped, second.partly) == ({}, {}, {})

@@ -99,11 +99,13 @@ def test_names_are_cut_off_after_a_few() -> None:
         "excluded": [],
         "without_phrases": 0,
         "skipped": {f"{n}: task": "why" for n in range(6)},
+        "partly": {"7: task": "1 objects"},
     }
     assert sources.notes(report) == (
         "x is not the official split: 7 images instead of 9",
         "missing: 7 pictures are not on disk: 0.jpg, 1.jpg, 2.jpg, 3.jpg, 4.jpg and 2 more",
         "unused: 70 pictures that no list names: a, a, a, a, a and 65 more",
-        "skipped: 6 phrases, in whole or part: 0: task (why), 1: task (why), 2: task (why), 3: task (why), "
-        "4: task (why) and 1 more",
+        "skipped: 6 phrases can't be drawn: 0: task (why), 1: task (why), 2: task (why), 3: task (why), 4: task (why) "
+        "and 1 more",
+        "partly: 1 phrases are drawn without a part: 7: task (1 objects)",
     )

@@ -21,15 +21,17 @@ SQUARE = [[2, 2], [2, 6], [6, 6], [6, 2]]
 
 
 def phrasecut(root: Path, pictures: int = 12) -> Path:
-    """PhraseCut's layout: 3 pictures missing, 5 unused, 1 of another size, 1 phrase without a polygon."""
+    """PhraseCut's layout: 3 pictures missing, 5 unused, 1 of another size, 1 phrase without a polygon, 1 with half."""
     (root / "images").mkdir(parents=True)
     names = [n for n in range(pictures) if n not in (1, 5, 9)] + list(range(900, 905))
     for n in names:
         Image.new("RGB", (11 if n == 7 else 10, 8), (n % 256, 0, 0)).save(root / "images" / f"{n}.jpg")
     sizes = [{"image_id": n, "coco_id": 100 + n, "width": 10, "height": 8} for n in range(pictures)]
+    polygons = {(3, 1): [[]], (4, 0): [[SQUARE, [[1, 1]]]]}
+    structures = ({"name": "foothills", "type": "name"}, {"name": "dog", "type": "attribute"})
     tasks = [
-        {"task_id": f"{n}__{k}", "image_id": n, "phrase": "hill", "Polygons": [[SQUARE]] if (n, k) != (3, 1) else [[]]}
-        | {"phrase_structure": {"name": "hill", "type": "name"}}
+        {"task_id": f"{n}__{k}", "image_id": n, "phrase": "hill", "Polygons": polygons.get((n, k), [[SQUARE]])}
+        | {"phrase_structure": structures[k]}
         for n in range(pictures)
         for k in range(2)
     ]
@@ -69,10 +71,14 @@ def test_what_is_missing_unused_excluded_or_short_is_counted_and_said(out: Path)
     assert report["unused"]["count"] == 5
     assert report["excluded"] == ["11"]
     assert report["skipped"] == {"3: 3__1": "no outline that covers a pixel"}
+    assert report["partly"] == {"4: 4__0": "1 polygons"}
     assert report["splits"]["val"] == {
         "found": {"images": 12, "phrases": 24},
         "official": {"images": 2_971, "phrases": 20_316},
     }
+    sorts = {row["id"]: (row["kind"], row["phrase_type"]) for row in index.to_pylist()}
+    assert sorts["0"] == (["stuff", "object"], ["name", "attribute"])
+    assert sorts["3"] == (["stuff"], ["name"])
     assert pq.read_table(out / PHRASES)["task"].to_pylist() == [f"{n}__{k}" for n in range(12) for k in range(2)]
 
 
@@ -103,7 +109,8 @@ def test_again_it_repeats_nothing_and_tells_the_same(
     assert "missing: 3 pictures are not on disk: 1.jpg, 5.jpg, 9.jpg" in said
     assert "unused: 5 pictures that no list names: 900.jpg" in said
     assert "excluded: 1 pictures by exclude_ids" in said
-    assert "skipped: 1 phrases, in whole or part: 3: 3__1 (no outline that covers a pixel)" in said
+    assert "skipped: 1 phrases can't be drawn: 3: 3__1 (no outline that covers a pixel)" in said
+    assert "partly: 1 phrases are drawn without a part: 4: 4__0 (1 polygons)" in said
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
 
 
