@@ -196,15 +196,14 @@ def shared(train: Looks, test: Looks, *, distance: int, similarity: float) -> li
     """
     by_coco = {coco_id: n for n, coco_id in enumerate(test.coco_ids) if coco_id is not None}
     known = {n: by_coco[c] for n, c in enumerate(train.coco_ids) if c is not None and c in by_coco}
-    ours, theirs = _standardised(train.thumbnails), _standardised(test.thumbnails)
-    pairs = []
+    theirs, pairs = _standardised(test.thumbnails), []
     for start in range(0, len(train.ids), BLOCK):
         part = slice(start, start + BLOCK)
         bits = np.bitwise_count(train.hashes[part, None] ^ test.hashes[None])
-        for row in range(len(bits)):
+        for row, ours in enumerate(_standardised(train.thumbnails[part])):
             n = start + row
             near = np.flatnonzero(bits[row] <= distance)
-            alike = theirs[near] @ ours[n]
+            alike = theirs[near] @ ours
             if n in known:
                 match, how = known[n], "coco_id"
             elif near.size and alike.max() >= similarity:
@@ -217,7 +216,7 @@ def shared(train: Looks, test: Looks, *, distance: int, similarity: float) -> li
                     test=test.ids[match],
                     how=how,
                     distance=int(bits[row, match]),
-                    similarity=round(float(theirs[match] @ ours[n]), 4),
+                    similarity=round(float(theirs[match] @ ours), 4),
                 )
             )
     return pairs

@@ -33,6 +33,8 @@ from rlfseg.errors import ConfigError, ModelError
 TIME_SCALE = 1000.0  # the UNet's time embedding was trained on 0..1000; the flow's time runs over 0..1
 TEXT_CACHE = 1024  # phrases; a state of SD's is 236 kB
 TINY_AUTOENCODER = ASSETS / "autoencoder_tiny"
+# What peft raises on settings and weights that it can't use; it has no error of its own for that.
+UNUSABLE = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, SafetensorError)
 NEEDED = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer")
 
 
@@ -260,7 +262,7 @@ class Backbone:
         """
         try:
             model = PeftModel.from_pretrained(self.velocity.unet, str(folder), is_trainable=trainable)
-        except (RuntimeError, OSError, ValueError, SafetensorError) as error:
+        except UNUSABLE as error:
             raise ModelError(f"adapter {folder} doesn't fit the base {self.source}: {error}") from error
         loaded = [w for n, w in model.named_parameters() if ".lora_B." in n]
         if not loaded or not all(bool(w.any()) for w in loaded):

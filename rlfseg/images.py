@@ -318,7 +318,7 @@ def _reason(error: BaseException) -> str:
         return f"not a picture in one of the formats {', '.join(FORMATS)}"
     if isinstance(error, BOMB):
         return f"too many pixels: {error}"
-    return f"can't be decoded: {error or type(error).__name__}"
+    return f"can't be decoded: {str(error) or type(error).__name__}"
 
 
 def _on_white(image: Image.Image) -> Image.Image:

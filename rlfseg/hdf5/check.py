@@ -231,7 +231,7 @@ def _check_sizes(checked: Checked, place: Place) -> None:
         decoded = there * chunk
     if size and not stored:
         raise place.bad(f"{what} was never written")
-    if stored > decoded + decoded // 8 + 4096:  # a chunk that gzip can't shrink grows by less than that
+    if stored > decoded + decoded // 8 + (1 << 20):  # chunks that gzip can't shrink grow by less
         raise place.bad(f"{what} claims that its {decoded:,} bytes are packed into {stored:,}")
     if decoded > MAX_RATIO * stored:
         raise place.bad(f"{what} unpacks {stored:,} bytes into {decoded:,}; more than {MAX_RATIO} times is refused")

@@ -1,6 +1,6 @@
 """Audit: do two sets share images? Ray Data looks at every picture once; the looks are compared in the driver.
 
-A look is a kilobyte, so that sets of 100,000 images are compared from 100 MB.
+A look is a kilobyte, so that two sets of 100,000 images each are compared in less than a gigabyte.
 """
 
 from __future__ import annotations

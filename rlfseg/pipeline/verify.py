@@ -90,7 +90,7 @@ def verified(path: Path) -> int:
     if suffix == ".safetensors":
         return _weights(path)
     if suffix in LISTS:
-        return sum(1 for record in folder.plan(path).records if records.load(record, "pil"))
+        return _listed(path)
     if suffix in images.SUFFIXES:
         images.load_image(path, name=str(path))
         return 1
@@ -117,6 +117,14 @@ def _folder(path: Path) -> int:
             f"files: {path} holds nothing that can be verified: no shards, no adapter, no command's output"
         )
     return sum(parts)
+
+
+def _listed(path: Path) -> int:
+    """A list of phrases, with its pictures and masks."""
+    plan = folder.plan(path)
+    for record in plan.records:
+        records.load(record, plan.rule)
+    return len(plan.records)
 
 
 # --- samples ---------------------------------------------------------------------------------------------------------
@@ -168,14 +176,22 @@ def _rows(path: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
             _check_types(path, file.schema_arrow)
-            for batch in file.iter_batches(batch_size=64):
-                batch.validate(full=True)
-                for row in batch.to_pylist():
+            for group in range(file.num_row_groups):
+                for row in _whole(file.read_row_group(group), file.metadata.row_group(group).num_rows):
                     if row.get("status", OK) == OK and (wrong := _wrong(row)):
                         raise BadSample(wrong, file=str(path), sample=str(row.get("id")))
                     yield row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: damaged ({error})") from error
+
+
+def _whole(table: pa.Table, rows: int) -> Iterator[Row]:
+    """Its rows, if they are as many as the file declares and all texts are UTF-8; else ArrowInvalid."""
+    table.validate(full=True)
+    if table.num_rows != rows:
+        raise pa.ArrowInvalid(f"{table.num_rows} rows, {rows} are declared")
+    for batch in table.to_batches(max_chunksize=64):
+        yield from batch.to_pylist()
 
 
 def _check_types(path: Path, schema: pa.Schema) -> None:

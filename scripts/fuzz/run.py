@@ -1,6 +1,6 @@
 """Thousands of mutated inputs into everything that a user can hand in: each gives a result or a named error.
 
-    python scripts/fuzz/run.py --inputs 12000 --seed 0 --out runs/fuzz.json
+    python scripts/fuzz/run.py --inputs 100000 --seed 0 --out runs/fuzz.json
     python scripts/fuzz/run.py --kinds refer --only 217        # one input again, with the traceback; it is left in ./
 
 An input is decided by seed, kind and number. It is read in a child process with limits of memory and time, so that a
@@ -195,7 +195,7 @@ def main() -> int:
     from worlds import SHARES, WORLDS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--inputs", type=int, default=12_000)
+    parser.add_argument("--inputs", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(WORLDS), help="names with commas between")
     parser.add_argument("--only", type=int, help="number of one input of one kind, to see its traceback")
