@@ -77,6 +77,7 @@ def test_every_form_gives_the_same_samples(pictures: Path, form: Form) -> None:
     path = form(pictures, ROWS)
     planned = plan(path)
     assert plan(pictures) == planned
+    assert folder.plan(path).found == {"train": (1, 3), "val": (1, 1)}
     assert [(r.id, r.split) for r in planned] == [("a.png", "train"), ("b.png", "val")]
     assert [Record.from_json(r.to_json()) for r in planned] == planned
     sample = load(planned[0])
