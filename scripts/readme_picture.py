@@ -11,7 +11,7 @@ from rlfseg import Segmenter, draw
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.metrics import iou
 
-COLUMNS, TARGET = 6, Path(__file__).resolve().parents[1] / "docs" / "masks.png"
+COLUMNS, TARGET = 4, Path(__file__).resolve().parents[1] / "docs" / "masks.png"
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         [draw.overlay(s.image, t, p) for s, t, p in zip(scenes, truth, phrases, strict=True)],
     ]
     sheet = draw.contact_sheet(rows, notes=["one step, with IoU", "truth"])
-    Image.fromarray(np.asarray(sheet)).quantize(128).save(TARGET, optimize=True)
+    Image.fromarray(np.asarray(sheet)).quantize(64).save(TARGET, optimize=True)
     print(f"{TARGET}: {TARGET.stat().st_size / 1000:.0f} kB")
 
 
