@@ -329,7 +329,8 @@ def merge_wide_lora(unet: nn.Module) -> None:
     """
     for layer in unet.modules():
         if isinstance(layer, LoraLayer):
-            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            parts: Any = layer  # peft names no types
+            a, b = parts.lora_A["default"].weight, parts.lora_B["default"].weight
             fan_in, fan_out = a.shape[1], b.shape[0]
             if len(a) * (fan_in + fan_out) >= fan_in * fan_out:
                 layer.forward = partial(_merged_forward, layer)
