@@ -11,6 +11,7 @@ import os
 import shlex
 from pathlib import Path
 
+import stamina
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
@@ -40,17 +41,24 @@ def run(config: SubmitConfig) -> None:
         raise ConfigError(f"command: no job {name!r} in {folder / 'jobs'}; there are {known}")
     client = _client(config.address)
     try:
-        job = client.submit_job(
-            entrypoint=shlex.join(["python", "-m", f"jobs.{name}", *flags]),
-            runtime_env={"working_dir": str(folder)},
-            entrypoint_num_cpus=config.cpus,
-        )
+        # A node's agent starts later than the job server
+        for attempt in stamina.retry_context(on=_no_agent, attempts=8, timeout=30, wait_initial=1, wait_max=5):
+            with attempt:
+                job = client.submit_job(
+                    entrypoint=shlex.join(["python", "-m", f"jobs.{name}", *flags]),
+                    runtime_env={"working_dir": str(folder)},
+                    entrypoint_num_cpus=config.cpus,
+                )
     except (RuntimeError, ValueError) as error:
         raise _too_large(folder) if "413" in str(error) else ResourceError(f"the job was not taken: {error}") from error
     print(f"job {job}; `ray job stop {job}` stops it, the same command submitted again goes on from there", flush=True)
     if config.wait:
         asyncio.run(_watch(client, job))
         _judge(job, client.get_job_info(job))
+
+
+def _no_agent(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "No available agent" in str(error)
 
 
 def _client(address: str | None) -> JobSubmissionClient:

@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import stamina
 import yaml
 
 from rlfseg.config import BatchesConfig, PredictConfig, ServeConfig, WorkersConfig
@@ -41,8 +42,14 @@ class FakeRay:
 
     jobs: dict[str, Job] = field(default_factory=dict)
     stopped: list[str] = field(default_factory=list)
+    without_agent: int = 0  # submissions to come before a node's agent is there
 
     def submit_job(self, *, entrypoint: str, submission_id: str) -> str:
+        if self.without_agent:
+            self.without_agent -= 1
+            raise RuntimeError(
+                "Request failed with status code 500: No available agent to submit job, please try again"
+            )
         if submission_id in self.jobs:
             raise RuntimeError(f"Job with submission_id {submission_id} already exists")
         self.jobs[submission_id] = Job(submission_id, entrypoint)
@@ -86,6 +93,20 @@ def batches(config: ServeConfig, jobs: FakeRay, have: dict[str, float] = HAVE) -
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlfseg.pipeline.stages.ray.cluster_resources", lambda: HAVE)
+
+
+@pytest.mark.parametrize(("missing", "taken"), [(2, True), (99, False)])
+def test_a_job_server_whose_agent_is_not_there_yet_is_asked_again(
+    config: ServeConfig, missing: int, taken: bool
+) -> None:
+    server = FakeRay(without_agent=missing)
+    with stamina.set_testing(True, attempts=3):  # without its waits
+        if taken:
+            assert batches(config, server).create(asked()).state == "queued"
+        else:
+            with pytest.raises(Refusal, match="did not take"):
+                batches(config, server).create(asked())
+    assert len(server.jobs) == taken
 
 
 # --- manifests -----------------------------------------------------------------------------------------------------
