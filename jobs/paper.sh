@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
 # The paper's run, in order, on a cluster with 8 A100s whose head has a shared $STORE (NFS or a mounted bucket).
-# PhraseCut itself is not downloaded for you: put it at $DATA as a folder of images with masks and phrases first.
+# PhraseCut itself is not downloaded for you: docs/data.md says where it is and how its folder, $DATA, must look.
 set -euo pipefail
 STORE=${STORE:?a folder that every node sees}
-DATA=${DATA:?list of phrases and masks, such as phrasecut/index.json}
-submit() { ray job submit --working-dir . -- "$@"; }
+DATA=${DATA:?the folder of refer_train.json and images/}
+submit() { rlfseg submit -- "$@" || [ $? = 3 ]; } # 3: done, and what had to be refused is named
 C=jobs/configs/paper
 
 # 1. Every image and mask decoded and checked once; damaged ones are named and left out.
 for split in train val test; do
-    submit python -m jobs.prepare --source folder --path "$DATA" --splits "[$split]" --on_error skip --out "$STORE/$split"
+    submit prepare --source phrasecut --path "$DATA" --splits "[$split]" --on_error skip --workers 8 --out "$STORE/$split"
 done
 # 2. Labels are fixed, so SAM refines them once, not in the training loop: 4.3 masks share an embedding.
-submit python -m jobs.refine --config $C/refine.yaml --samples "$STORE/train" --out "$STORE/refined"
+submit refine --config $C/refine.yaml --samples "$STORE/train" --out "$STORE/refined"
 # 3. The autoencoder is frozen and its mode is deterministic, so latents are encoded once for all epochs.
-submit python -m jobs.encode --config $C/encode.yaml --samples "$STORE/refined" --out "$STORE/latents"
+submit encode --config $C/encode.yaml --samples "$STORE/refined" --out "$STORE/latents"
 # 4. LoRA 64, AdamW 1e-4, 8 x 8 phrases a step, 10 epochs, 512 x 512, seed 42 (Table 8).
-submit python -m jobs.train --config $C/train.yaml --latents "$STORE/latents" --val_samples "$STORE/val" --out "$STORE/rlfseg"
+submit train --config $C/train.yaml --latents "$STORE/latents" --val_samples "$STORE/val" --out "$STORE/rlfseg"
 # 5. The paper gives neither eps nor a threshold: both are chosen on the validation split, never on the test split.
-submit python -m jobs.calibrate --adapter "$STORE/rlfseg/adapter" --samples "$STORE/val" --run.workers 8 --out "$STORE/calibration"
+submit calibrate --adapter "$STORE/rlfseg/adapter" --samples "$STORE/val" --run.workers 8 --out "$STORE/calibration"
 # 6. Table 5: without and with AOS.
 for way in none aos; do
-    submit python -m jobs.evaluate --adapter "$STORE/rlfseg/adapter" --samples "$STORE/test" --sampling.rescale $way \
-        --run.workers 8 --out "$STORE/test-$way"
+    submit evaluate --adapter "$STORE/rlfseg/adapter" --samples "$STORE/test" --sampling.rescale $way \
+        --protocol rlfseg,clipseg,phrasecut --run.workers 8 --out "$STORE/test-$way"
 done
