@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -105,6 +106,7 @@ def ray() -> Iterator[ModuleType]:
     """The module `ray`, started: one start takes 10 s, so all tests share it. 8 *logical* CPUs on any machine."""
     import ray
 
+    _leave_the_agents_port()
     ray.init(
         address="local",
         num_cpus=8,
@@ -118,6 +120,16 @@ def ray() -> Iterator[ModuleType]:
     context.enable_progress_bars = False
     yield ray
     ray.shutdown()
+
+
+def _leave_the_agents_port() -> None:
+    """Lets this Ray's agent listen elsewhere than at 52365, which `ray.init` can't say: a tested service's needs it."""
+    from ray._private.parameter import RayParams
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    RayParams.__init__.__defaults__ = tuple(port if d == 52365 else d for d in RayParams.__init__.__defaults__ or ())
 
 
 @pytest.fixture(scope="session")
