@@ -25,7 +25,7 @@ def run(config: SegmentConfig) -> None:
         ServiceError: The service can't be reached, or refuses.
     """
     picture = images.load_image(config.image, name=config.image)
-    found = _by_service(config) if config.url else _here(config)
+    found = _by_service(config) if config.url else _here(config, picture)
     out, stem = Path(config.out), Path(config.image).stem
     out.mkdir(parents=True, exist_ok=True)
     for n, (phrase, mask, score) in enumerate(found):
@@ -38,11 +38,11 @@ def run(config: SegmentConfig) -> None:
     print(draw.save(out / f"{stem}-overlay.png", overlay))
 
 
-def _here(config: SegmentConfig) -> list[Found]:
+def _here(config: SegmentConfig, picture: NDArray[np.uint8]) -> list[Found]:
     from rlfseg.segmenter import Segmenter  # a service's client needs no networks
 
     segmenter = Segmenter.load(config.model or "tiny", device=config.device)
-    results = segmenter(config.image, config.phrases, sampling=config.sampling, threshold=config.threshold)
+    results = segmenter(picture, config.phrases, sampling=config.sampling, threshold=config.threshold)
     return [(r.caption, r.mask, r.confidence) for r in results]
 
 

@@ -10,6 +10,8 @@ import io
 import os
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -71,12 +73,8 @@ def load_image(
     Raises:
         BadSample: Not a picture, truncated, damaged, too large, or of a bit depth that has no defined range.
     """
-    try:
-        with _open(source, max_pixels) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            return np.array(_on_white(image), dtype=np.uint8)
-    except (*DAMAGED, *BOMB) as error:
-        raise BadSample(_reason(error), file=name, sample=sample) from error
+    with opened(source, name=name, sample=sample, max_pixels=max_pixels) as image:
+        return np.array(_on_white(image), dtype=np.uint8)
 
 
 def load_mask(
@@ -98,12 +96,8 @@ def load_mask(
     Raises:
         BadSample: As `load_image`, or other values than those, or colours, or transparency.
     """
-    try:
-        with _open(source, max_pixels) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            values = _mask_values(image)
-    except (*DAMAGED, *BOMB) as error:
-        raise BadSample(_reason(error), file=name, sample=sample) from error
+    with opened(source, name=name, sample=sample, max_pixels=max_pixels) as image:
+        values = _mask_values(image)
     return to_binary(values, file=name, sample=sample)
 
 
@@ -124,18 +118,27 @@ def load_labels(
     Raises:
         BadSample: As `load_image`, or transparency, or numbers that aren't whole.
     """
-    try:
-        with _open(source, max_pixels) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            values = np.asarray(image)
-    except (*DAMAGED, *BOMB) as error:
-        raise BadSample(_reason(error), file=name, sample=sample) from error
+    with opened(source, name=name, sample=sample, max_pixels=max_pixels) as image:
+        values = np.asarray(image)
     if values.ndim == 3 and values.shape[2] == 3:
         return values.astype(np.int32) @ np.array([1, 256, 65536], np.int32)
     if values.ndim != 2 or values.dtype.kind not in "biu":
         reason = f"a label map holds whole numbers or RGB, this is {values.dtype} of shape {values.shape}"
         raise BadSample(reason, file=name, sample=sample)
     return values.astype(np.int32)
+
+
+@contextmanager
+def opened(
+    source: Source, *, name: str, sample: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Iterator[Image.Image]:
+    """A picture as Pillow has it, EXIF rotation applied; damage, also found inside of the block, raises BadSample."""
+    try:
+        with _open(source, max_pixels) as image:
+            ImageOps.exif_transpose(image, in_place=True)
+            yield image
+    except (*DAMAGED, *BOMB) as error:
+        raise BadSample(_reason(error), file=name, sample=sample) from error
 
 
 def image_size(source: Source, *, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

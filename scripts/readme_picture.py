@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from rlfseg import Segmenter, draw
@@ -26,7 +25,7 @@ def main() -> None:
         [draw.overlay(s.image, t, p) for s, t, p in zip(scenes, truth, phrases, strict=True)],
     ]
     sheet = draw.contact_sheet(rows, notes=["one step, with IoU", "truth"])
-    Image.fromarray(np.asarray(sheet)).quantize(64).save(TARGET, optimize=True)
+    Image.fromarray(sheet).quantize(64).save(TARGET, optimize=True)
     print(f"{TARGET}: {TARGET.stat().st_size / 1000:.0f} kB")
 
 

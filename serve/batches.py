@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow.parquet as pq
-import stamina
 import yaml
 
 from rlfseg.config import PredictConfig, SamplingConfig, ServeConfig, as_dict
 from rlfseg.pipeline.folders import require_finished, write_json
 from rlfseg.pipeline.stages import Committed, cpus_needed, gpus_per_worker
+from rlfseg.pipeline.submit import once_taken
 from serve.catalog import Catalog
 from serve.manifest import read_manifest
 from serve.refusal import Refusal
@@ -188,10 +188,7 @@ class Batches:
         command = shlex.join([sys.executable, "-m", "jobs.predict", "--config", str(file)])
         record["starts"] += 1
         try:
-            # The node's agent starts later than the job server and is missed for a moment on a busy machine
-            for attempt in stamina.retry_context(on=_no_agent, attempts=8, timeout=30, wait_initial=1, wait_max=5):
-                with attempt:
-                    self.jobs().submit_job(entrypoint=command, submission_id=_job(record))
+            once_taken(lambda: self.jobs().submit_job(entrypoint=command, submission_id=_job(record)))
         except RuntimeError as error:
             # Another front replica may have been quicker: the id then is taken, and its job is this one
             if _job(record) not in self._known_jobs():
@@ -236,10 +233,6 @@ class Batches:
                     f"{service:g} and {active} running batches {active * each:g}: ask again later, lower "
                     f"batches.run, or start Ray with more",
                 )
-
-
-def _no_agent(error: Exception) -> bool:
-    return isinstance(error, RuntimeError) and "No available agent" in str(error)
 
 
 def _job(record: Record) -> str:

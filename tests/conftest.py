@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -130,6 +131,26 @@ def _leave_the_agents_port() -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     RayParams.__init__.__defaults__ = tuple(port if d == 52365 else d for d in RayParams.__init__.__defaults__ or ())
+
+
+@pytest.fixture(scope="module")
+def s3_server() -> Iterator[str]:
+    """HOST:PORT of a local S3 that takes any key."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def bucket_uri(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of a folder in a bucket there, as pyarrow takes it; the bucket is made when it is written to."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    return f"s3://bucket/runs?scheme=http&endpoint_override={s3_server}&allow_bucket_creation=true&region=us-east-1"
 
 
 @pytest.fixture(scope="session")

@@ -21,11 +21,12 @@ from rlfseg.metrics.scores import (
     THRESHOLDS,
     Score,
     average_precision,
+    iou_by_threshold,
     precision_recall,
     score_histograms,
 )
 from rlfseg.metrics.semseg import VOID, Argmax, SemSeg, true_labels
-from rlfseg.metrics.sums import PRECISION_AT, Additive
+from rlfseg.metrics.sums import PRECISION_AT, Additive, units
 
 __all__ = [
     "BINS",
@@ -49,9 +50,11 @@ __all__ = [
     "draw_images",
     "intervals",
     "iou",
+    "iou_by_threshold",
     "measure",
     "precision_recall",
     "resampled",
     "score_histograms",
     "true_labels",
+    "units",
 ]

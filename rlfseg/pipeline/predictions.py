@@ -24,7 +24,6 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from rlfseg import hdf5, images
 from rlfseg.errors import BadSample, DataError
@@ -226,14 +225,9 @@ def load_score(path: str, *, sample: str | None = None, values: Values = "auto")
     Raises:
         BadSample: Damaged, too large, no such values, or it isn't clear what the numbers are.
     """
-    images.image_size(path, name=path)  # refuses what isn't a picture, and bombs
-    try:
-        with Image.open(path, formats=images.FORMATS) as image:
-            ImageOps.exif_transpose(image, in_place=True)
-            highest = GREY.get(image.mode)
-            levels = np.array(image) if highest and values != "masks" else None
-    except images.DAMAGED as error:
-        raise BadSample(f"can't be decoded: {error}", file=path, sample=sample) from error
+    with images.opened(path, name=path, sample=sample) as image:
+        highest = GREY.get(image.mode)
+        levels = np.array(image) if highest and values != "masks" else None
     if levels is None or highest is None:
         return images.load_mask(path, name=path, sample=sample).astype(np.float32)
     if values == "auto" and highest == 255 and levels.max() == 1:

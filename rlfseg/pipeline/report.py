@@ -20,7 +20,7 @@ from rlfseg import draw, images, metrics
 from rlfseg.config import EvaluateConfig
 from rlfseg.errors import DataError
 from rlfseg.metrics import PROTOCOLS, Additive, ClipSeg, SemSeg, Sums
-from rlfseg.pipeline.folders import require_finished, write_json
+from rlfseg.pipeline.folders import good_rows, require_finished, write_json
 from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.samples import LoadSample, open_samples
 
@@ -119,7 +119,7 @@ def write(config: EvaluateConfig, out: Path, classes: tuple[str, ...], unused: i
     Raises:
         DataError: Nothing could be measured.
     """
-    seen = list(rows(out, ["id", "iou", "missing", "clipped", "n_classes"]))
+    seen = list(good_rows(out, ["id", "iou", "missing", "clipped", "n_classes"]))
     ranked = sorted((sum(row["iou"]) / len(row["iou"]), row["id"]) for row in seen if row["iou"])
     draws = metrics.draw_images(len(ranked), config.resamples, config.seed) if config.resamples and ranked else None
     results: Row = {"protocols": {}, "subsets": {}, "intervals": {}}
@@ -264,7 +264,7 @@ def _overlays(config: EvaluateConfig, out: Path, ranked: list[tuple[float, str]]
     chosen = {"worst": ranked[: config.overlays], "best": ranked[::-1][: config.overlays]}
     wanted = {image_id for own in chosen.values() for _, image_id in own}
     index = {r["id"]: r for r in samples.rows.to_pylist() if r["id"] in wanted}
-    predicted = {r["id"]: r for r in rows(out, ["id", "masks", "iou"]) if r["id"] in wanted}
+    predicted = {r["id"]: r for r in good_rows(out, ["id", "masks", "iou"]) if r["id"] in wanted}
     for name, own in chosen.items():
         cells = []
         for _, image_id in own:
@@ -277,11 +277,3 @@ def _overlays(config: EvaluateConfig, out: Path, ranked: list[tuple[float, str]]
                 ]
             )
         draw.save(out / f"{name}.png", draw.contact_sheet(cells, titles=["truth", "predicted, with IoU"]))
-
-
-def rows(out: Path, columns: list[str]) -> Iterator[Row]:
-    """Rows of a folder that is being finished, without those refused."""
-    for path in sorted((out / "data").glob("*.parquet")):
-        for row in pq.read_table(path, columns=[*columns, "status"]).to_pylist():
-            if row["status"] == OK:
-                yield row

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import stamina
@@ -41,20 +42,37 @@ def run(config: SubmitConfig) -> None:
         raise ConfigError(f"command: no job {name!r} in {folder / 'jobs'}; there are {known}")
     client = _client(config.address)
     try:
-        # A node's agent starts later than the job server
-        for attempt in stamina.retry_context(on=_no_agent, attempts=8, timeout=30, wait_initial=1, wait_max=5):
-            with attempt:
-                job = client.submit_job(
-                    entrypoint=shlex.join(["python", "-m", f"jobs.{name}", *flags]),
-                    runtime_env={"working_dir": str(folder)},
-                    entrypoint_num_cpus=config.cpus,
-                )
+        job = once_taken(
+            lambda: client.submit_job(
+                entrypoint=shlex.join(["python", "-m", f"jobs.{name}", *flags]),
+                runtime_env={"working_dir": str(folder)},
+                entrypoint_num_cpus=config.cpus,
+            )
+        )
     except (RuntimeError, ValueError) as error:
         raise _too_large(folder) if "413" in str(error) else ResourceError(f"the job was not taken: {error}") from error
     print(f"job {job}; `ray job stop {job}` stops it, the same command submitted again goes on from there", flush=True)
     if config.wait:
         asyncio.run(_watch(client, job))
         _judge(job, client.get_job_info(job))
+
+
+def once_taken(submit: Callable[[], str]) -> str:
+    """Submits a job, again where the node's agent isn't there yet: it starts later than the job server.
+
+    Args:
+        submit: Submits it and gives its id.
+
+    Returns:
+        The id.
+
+    Raises:
+        RuntimeError: The job server refuses it for another reason, or for longer than half a minute.
+    """
+    for attempt in stamina.retry_context(on=_no_agent, attempts=8, timeout=30, wait_initial=1, wait_max=5):
+        with attempt:
+            job = submit()
+    return job
 
 
 def _no_agent(error: Exception) -> bool:

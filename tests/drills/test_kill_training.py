@@ -68,6 +68,12 @@ class Training:
         """Newest first."""
         return sorted(self.out.glob("checkpoints/*/step-*"), reverse=True)
 
+    def check_like(self, undisturbed: Training) -> None:
+        """Bit-equal, finished, and every step logged once."""
+        assert self.adapter() == undisturbed.adapter()
+        steps, _, status = self.logged()
+        assert (steps, status) == (list(range(1, STEPS + 1)), "FINISHED")
+
     def logged(self) -> tuple[list[int], dict[str, str], str]:
         """Steps of the loss in MLflow, tags and status of the only run."""
         note = json.loads((self.out / "mlflow.json").read_text())
@@ -136,9 +142,7 @@ def test_a_worker_is_killed(
     assert len(victims) == 2
     victims[step % 2].kill()
     training.finish(driver)
-    assert training.adapter() == undisturbed.adapter()
-    steps, _, status = training.logged()
-    assert (steps, status) == (list(range(1, STEPS + 1)), "FINISHED")
+    training.check_like(undisturbed)
 
 
 @pytest.mark.usefixtures("clock")
@@ -153,9 +157,7 @@ def test_the_driver_is_killed(
     kill_driver(driver)
     assert not (training.out / "_SUCCESS.json").exists()
     training.finish()
-    assert training.adapter() == undisturbed.adapter()
-    steps, _, status = training.logged()
-    assert (steps, status) == (list(range(1, STEPS + 1)), "FINISHED")
+    training.check_like(undisturbed)
 
 
 @pytest.mark.usefixtures("clock")
@@ -299,27 +301,16 @@ def _answers(url: str) -> bool:
 
 @pytest.mark.usefixtures("clock")
 def test_checkpoints_in_a_bucket(
-    undisturbed: Training, latents: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Training, latents: Path, root: Path, tmp_path: Path, bucket_uri: str
 ) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        where = f"scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
-        training = Training(root, latents, tmp_path / "train", f"--storage=s3://bucket/runs?{where}")
-        driver = training.start()
-        training.wait_for(8, driver)
-        kill_driver(driver)
-        training.finish()
-        assert int(training.logged()[1]["rlfseg.started_at_step"]) >= 3
-        assert training.adapter() == undisturbed.adapter()
-        assert training.checkpoints() == []
-    finally:
-        server.stop()
+    training = Training(root, latents, tmp_path / "train", f"--storage={bucket_uri}")
+    driver = training.start()
+    training.wait_for(8, driver)
+    kill_driver(driver)
+    training.finish()
+    assert int(training.logged()[1]["rlfseg.started_at_step"]) >= 3
+    assert training.adapter() == undisturbed.adapter()
+    assert training.checkpoints() == []
 
 
 @pytest.mark.usefixtures("clock")

@@ -235,26 +235,15 @@ def test_storage_that_is_none() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("impatient")
-def test_a_bucket(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        where = f"scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
-        store = Store(f"s3://bucket/runs?{where}", "train-1")
-        for step in (1, 2):
-            store.keep(step, save(f"at {step}", 200_000))
-        assert contents(store) == ["at 2", "at 1"]
-        newest = next(store.newest_first())
-        with store.filesystem.open_output_stream(f"{newest.path}/state.pt") as file:
-            file.write(b"short")
-        assert contents(store) == ["at 1"]
-        assert "passed over: state.pt is not what was written" in caplog.text
-        store.discard(newest)
-        assert len(list(store.newest_first())) == 1
-    finally:
-        server.stop()
+def test_a_bucket(bucket_uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    store = Store(bucket_uri, "train-1")
+    for step in (1, 2):
+        store.keep(step, save(f"at {step}", 200_000))
+    assert contents(store) == ["at 2", "at 1"]
+    newest = next(store.newest_first())
+    with store.filesystem.open_output_stream(f"{newest.path}/state.pt") as file:
+        file.write(b"short")
+    assert contents(store) == ["at 1"]
+    assert "passed over: state.pt is not what was written" in caplog.text
+    store.discard(newest)
+    assert len(list(store.newest_first())) == 1

@@ -207,18 +207,11 @@ def _in_memory(name: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[Any]:
-    import logging
-
+def bucket(s3_server: str) -> Iterator[Any]:
     import s3fs
-    from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{s3_server}")
         patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
         patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -227,7 +220,6 @@ def bucket() -> Iterator[Any]:
         fs = s3fs.S3FileSystem()
         fs.mkdir("pictures")
         yield fs
-    server.stop()
     s3fs.S3FileSystem.clear_instance_cache()
 
 
