@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Response, sync_playwright
+from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, Response, expect, sync_playwright
 
 from rlfseg import adapter
 from rlfseg.config import LimitsConfig, ServeConfig
@@ -142,6 +142,13 @@ def ask_for(page: Page, *phrases: str) -> dict[str, Any]:
         page.get_by_role("button", name="Segment").click()
     page.get_by_role("status").filter(has_text="phrase").wait_for()
     return answer_of(response.value)
+
+
+def choose_way(page: Page, name: str) -> None:
+    """Clicks the word beside a radio button, as one does: the button itself is unseen."""
+    radio = page.get_by_role("radio", name=name)
+    page.locator("#ways label", has=radio).click()
+    expect(radio).to_be_checked()
 
 
 def answer_of(response: Response) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from tests.serving.browser import (
     canvas_of,
     check_canvas,
     check_legend,
+    choose_way,
     decoded,
     give_key,
     hand_over,
@@ -165,7 +166,7 @@ def test_aos_and_steps_stand_beside_one_step(page: Page, url: str, asked: dict[s
     page.on("request", lambda request: requests.append(request.url))
     left = page.get_by_role("region", name="One step", exact=True)
     for way, (title, options) in ways.items():
-        page.get_by_role("radio", name=way).check(force=True)
+        choose_way(page, way)
         right = page.get_by_role("region", name=title)
         right.wait_for()
         image = asked_here(url, scene(1), phrases_of(1)[:2], options)
@@ -184,7 +185,7 @@ def test_aos_and_steps_stand_beside_one_step(page: Page, url: str, asked: dict[s
     expect(page.locator("#limit")).to_have_text("0.80")
     check_canvas(right, scene(1), masks_of(image, 0.8))
     check_canvas(left, scene(1), masks_of(asked, 0.8))
-    page.get_by_role("radio", name="nothing").check(force=True)
+    choose_way(page, "nothing")
     expect(page.locator(".panel")).to_have_count(1)
     assert len(requests) == 2  # the first result was not asked for again
 
@@ -267,7 +268,7 @@ def test_the_curl_line_gives_the_same_answer(browser: Browser, keyed: str, tmp_p
         hand_over(page, "drop", name, png(scene(1)))
         ask_for(page, *ODD_PHRASES)
         with page.expect_response("**/v1/segment") as response:
-            page.get_by_role("radio", name="AOS").check(force=True)
+            choose_way(page, "AOS")
         panel = page.get_by_role("region", name="One step, AOS")
         page.get_by_role("slider", name="Threshold").fill("0.3")
         expect(page.locator("#limit")).to_have_text("0.30")

@@ -17,6 +17,7 @@ from tests.serving.browser import (
     ask_for,
     check_canvas,
     check_legend,
+    choose_way,
     contrast,
     give_key,
     hand_over,
@@ -96,7 +97,7 @@ def test_a_phone_scrolls_in_one_direction(browser: Browser, keyed: str) -> None:
         hand_over(page, "drop", f"{'long' * 30}.png", png(scene(1)))
         ask_for(page, "ring" * 60, "red ring")
         assert page.locator("#shown").bounding_box()["y"] < 320  # the answer is in sight
-        page.get_by_role("radio", name="AOS").check(force=True)
+        choose_way(page, "AOS")
         expect(page.locator(".panel")).to_have_count(2)
         page.locator("summary").first.click()
         assert max(widths()) <= 320
