@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 
 from rlfseg import draw, images, metrics
 from rlfseg.config import EvaluateConfig
-from rlfseg.errors import DataError
 from rlfseg.metrics import PROTOCOLS, Additive, ClipSeg, SemSeg, Sums
-from rlfseg.pipeline.folders import good_rows, require_finished, write_json
+from rlfseg.pipeline.folders import good_rows, identity_of, require_finished, write_json
 from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.samples import LoadSample, open_samples
 
@@ -157,24 +156,39 @@ def _numbers(values: NDArray[np.float64]) -> list[float | None]:
 
 def _denominator(config: EvaluateConfig, counts: Row, seen: list[Row], unused: int) -> Row:
     """What the figures are over, and what is not in them."""
-    try:
-        before = require_finished(Path(config.samples).absolute()).get("refused", {})
-    except DataError:
-        before = {}
+    refused, phrases, partly = _left_out(Path(config.samples).absolute())
     with_phrases = [row for row in seen if row["iou"]]
     note: Row = {
         "n_evaluated": sum(len(row["iou"]) for row in seen),
         "n_images": len(with_phrases),
         "n_images_without_phrases": len(seen) - len(with_phrases),
-        "n_skipped": len(counts["refused"]) + len(before),
-        "skipped_in_prepare": dict(Counter(before.values())),
+        "n_skipped": len(counts["refused"]) + len(refused),
+        "skipped_in_prepare": dict(Counter(refused.values())),
         "skipped_here": dict(Counter(counts["refused"].values())),
+        "n_phrases_skipped": len(phrases),
+        "phrases_skipped_in_prepare": dict(Counter(phrases.values())),
+        "n_phrases_drawn_partly": len(partly),
         "n_missing_predictions": sum(sum(row["missing"]) for row in seen),
         "n_unused_predictions": unused,
     }
     if "semseg" in config.protocols:
         note["semseg_classes_an_image"] = float(np.mean([row["n_classes"] for row in seen]))
     return note
+
+
+def _left_out(folder: Path) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
+    """Why images, phrases and parts of phrases are not in the samples: by `prepare`, and by `refine` after it."""
+    refused, phrases, partly = dict[str, str](), dict[str, str](), dict[str, str]()
+    for _ in range(2):
+        if not (folder / "_SUCCESS.json").is_file():
+            break
+        state = require_finished(folder)
+        report = state.get("report") or {}
+        refused |= state.get("refused", {})
+        phrases |= report.get("skipped", {})
+        partly |= report.get("partly", {})
+        folder = Path(str(identity_of(state, folder).get("samples", folder / "none")))
+    return refused, phrases, partly
 
 
 def figures(results: Row) -> dict[str, float]:

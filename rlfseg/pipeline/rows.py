@@ -1,12 +1,16 @@
-"""Rows on their way through a stage, and the guard against a sample that kills its process."""
+"""Rows in a stage: how they travel between its steps, and the guard against a sample that kills its process."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
 
 from rlfseg.errors import BadSample
 
@@ -48,6 +52,39 @@ class RowByRow:
 def refused(row: Row, error: Exception | str) -> Row:
     """The status row of a sample that could not be worked on."""
     return {"id": row["id"], "status": f"refused: {error}"}
+
+
+MOVED = pa.schema(  # rows between two steps: each a pickle, and then the arrays that it leaves out
+    [("id", pa.string()), ("status", pa.string()), ("packed", pa.list_(pa.large_binary()))]
+)
+
+
+def pack(rows: Rows) -> pa.Table:
+    """Rows as a table of MOVED; pixels are copied once, into the one buffer that Arrow holds them in."""
+    parts, starts = list[Any](), [0]
+    for row in rows:
+        arrays: list[pickle.PickleBuffer] = []
+        parts.append(pickle.dumps(row, protocol=5, buffer_callback=arrays.append))
+        parts += [array.raw() for array in arrays]
+        starts.append(len(parts))
+    ends = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
+    joined = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(parts))]
+    values = pa.Array.from_buffers(pa.large_binary(), len(parts), joined)
+    packed = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), values)
+    ids, status = (pa.array([row[key] for row in rows], pa.string()) for key in ("id", "status"))
+    return pa.table([ids, status, packed], schema=MOVED)
+
+
+def unpack(table: pa.Table) -> Rows:
+    """What `pack` has packed, in arrays that may be changed; index rows as they are."""
+    if "packed" not in table.column_names:
+        return list(table.to_pylist())
+    rows = []
+    for scalar in table["packed"]:
+        pickled, *arrays = (part.as_buffer() for part in scalar.values)
+        # Written by this very job and handed over inside of Ray's object store, where nothing can be changed: copies
+        rows.append(dict(pickle.loads(pickled, buffers=map(bytearray, arrays))))  # noqa: S301
+    return rows
 
 
 class Attempts:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import shutil
 import sys
 import time
@@ -34,9 +33,7 @@ from rlfseg.config import WorkersConfig
 from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
 from rlfseg.pipeline.folders import begin, finish, require_finished
 from rlfseg.pipeline.progress import Progress
-from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work
-
-MOVED = pa.schema([("id", pa.string()), ("status", pa.string()), ("packed", pa.binary())])  # rows between two steps
+from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,7 +273,7 @@ class Step:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Index rows or packed rows in; packed rows or columns of `schema` out, in another order."""
-        rows = [_unpack(row) for row in table.to_pylist()]
+        rows = unpack(table)
         waiting = [row for row in rows if row.get("status", OK) == OK]
         done = [row for row in rows if row.get("status", OK) != OK] + self.attempts.guard(self.work, waiting)
         check_rows(self.stage, [row["id"] for row in rows], done)
@@ -285,18 +282,7 @@ class Step:
             raise BadSample(bad["status"].removeprefix("refused: "), file=self.stage, sample=bad["id"])
         if self.schema is not None:
             return pa.Table.from_pylist(done, schema=self.schema)
-        return pa.Table.from_pylist([_pack(row) for row in done], schema=MOVED)
-
-
-def _pack(row: Row) -> Row:
-    return {"id": row["id"], "status": row["status"], "packed": pickle.dumps(row, protocol=5)}
-
-
-def _unpack(row: Row) -> Row:
-    if "packed" not in row:
-        return row
-    # written by this very job and handed over inside of Ray's object store
-    return dict(pickle.loads(row["packed"]))  # noqa: S301
+        return pack(done)
 
 
 class _Actor:

@@ -21,6 +21,7 @@ from rlfseg.errors import ConfigError
 from rlfseg.metrics import PROTOCOLS, Argmax, PhraseCut, SemSeg
 from rlfseg.pipeline import evaluate, report
 from rlfseg.pipeline.evaluate import Measure, Scorer
+from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.rows import Row, RowByRow
 from rlfseg.results import Square
 
@@ -408,3 +409,21 @@ def test_what_was_skipped_is_in_the_denominators_note(tmp_path: Path, ray: None)
     assert got["denominator"]["n_skipped"] == 5
     assert sum(got["denominator"]["skipped_in_prepare"].values()) == 5
     assert "n_skipped | 5" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_phrases_that_prepare_left_out_are_in_the_note_of_refined_samples_too(tmp_path: Path) -> None:
+    report_of = {"skipped": {"1: a": "no outline", "2: b": "no outline"}, "partly": {"3: c": "1 polygons"}}
+    made, refined = tmp_path / "made", tmp_path / "refined"
+    for folder, identity, told in (
+        (made, {"source": "phrasecut"}, {"refused": {"9": "no picture"}, "report": report_of}),
+        (refined, {"samples": str(made)}, {"refused": {"8": "too large"}}),
+    ):
+        begin(folder, identity)
+        finish(folder, identity, told)
+    config = EvaluateConfig(samples=str(refined), predictions="x", out="y")
+    seen = [{"iou": [0.5, 0.7], "missing": [False, True], "clipped": 0}]
+    note = report._denominator(config, {"refused": {"7": "NaN"}}, seen, 0)
+    assert (note["n_skipped"], note["skipped_here"]) == (3, {"NaN": 1})
+    assert note["skipped_in_prepare"] == {"no picture": 1, "too large": 1}
+    assert (note["n_phrases_skipped"], note["n_phrases_drawn_partly"]) == (2, 1)
+    assert note["phrases_skipped_in_prepare"] == {"no outline": 2}

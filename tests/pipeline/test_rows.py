@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
 
 from rlfseg.errors import BadSample
-from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows
+from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, pack, unpack
 from rlfseg.pipeline.stages import check_rows
 
 
@@ -83,3 +90,28 @@ def test_lost_doubled_and_new_rows_are_found(rows: Rows) -> None:
     with pytest.raises(AssertionError, match="lost or doubled"):
         check_rows("refine", ["a"], rows)
     check_rows("refine", ["a"], [{"id": "a"}])
+
+
+# --- on the way ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    arrays=st.lists(hnp.arrays(st.sampled_from([np.uint8, np.float32, np.bool_]), hnp.array_shapes(min_side=0))),
+    cut=st.integers(0, 3),
+)
+def test_rows_arrive_as_they_were_sent(arrays: list[NDArray[Any]], cut: int) -> None:
+    rows = [{"id": str(n), "status": OK, "array": a, "turned": a.T, "text": "a\0ü"} for n, a in enumerate(arrays)]
+    table = pack(rows)
+    assert table.num_rows == len(rows)
+    for got, sent in zip(unpack(table.slice(cut)), rows[cut:], strict=True):
+        assert got.keys() == sent.keys()
+        assert (got["id"], got["text"]) == (sent["id"], sent["text"])
+        for key in ("array", "turned"):
+            assert got[key].dtype == sent[key].dtype
+            np.testing.assert_array_equal(got[key], sent[key])
+            got[key][...] = 0  # what arrives may be changed
+
+
+def test_index_rows_are_unpacked_as_they_are() -> None:
+    rows = [{"id": "1", "captions": ["a", "b"]}, {"id": "2", "captions": []}]
+    assert unpack(pa.Table.from_pylist(rows)) == rows
