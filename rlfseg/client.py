@@ -25,7 +25,7 @@ from rlfseg.errors import BadSample, ServiceError
 from rlfseg.images import rle_decode
 
 Json = dict[str, Any]
-BUSY = (429, 502, 503)  # not worked on: asking again is safe
+BUSY = (429, 502, 503)  # asking again is safe
 LONGEST_WAIT_S = 60.0
 
 
@@ -146,7 +146,7 @@ class Client:
             for attempt in stamina.retry_context(on=_wait, attempts=self.retries + 1, timeout=None):
                 with attempt:
                     reply = self.http.request(method, path, **kwargs)
-                    if reply.status_code in BUSY:
+                    if reply.status_code in BUSY and not _may_be_begun(path, reply):
                         reply.raise_for_status()
         except httpx.HTTPStatusError as error:
             raise ServiceError(_problem(error.response)) from None
@@ -156,6 +156,11 @@ class Client:
         if not whole:
             raise ServiceError(_problem(reply))
         return _json(reply)
+
+
+def _may_be_begun(path: str, reply: httpx.Response) -> bool:
+    """Whether asking again could begin a second batch: the process that was asked died, nobody knows when."""
+    return path == "/v1/batches" and _json(reply).get("error", {}).get("kind") == "lost"
 
 
 def _wait(error: Exception) -> bool | float:

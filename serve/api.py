@@ -92,7 +92,7 @@ def _add_errors(api: FastAPI, config: ServeConfig, meters: Meters) -> None:
 
     def answer(request: Request, refusal: Refusal) -> JSONResponse:
         meters.error(refusal.kind)
-        return problem(refusal, request_id(request.headers), config)
+        return problem(refusal, request_id(request.headers), config.limits.retry_after_s)
 
     @api.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> JSONResponse:

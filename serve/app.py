@@ -28,6 +28,7 @@ from serve.front import Front
 from serve.guard import Keys
 from serve.incoming import wrong_fields
 from serve.model import Model
+from serve.proxy import CALLBACK
 
 NAME = "rlfseg"
 
@@ -142,6 +143,7 @@ def run(config: ServeConfig) -> None:
 
 def _join_ray(config: ServeConfig) -> None:
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few on a busy machine
+    os.environ.setdefault(CALLBACK, "serve.proxy.middlewares")
     if os.environ.get("RAY_ADDRESS"):
         ray.init()
         return

@@ -90,7 +90,7 @@ class Guard:
         try:
             self._check(scope["method"], scope["path"], headers)
         except Refusal as refusal:
-            await problem(refusal, request_id(headers), self.config)(scope, receive, send)
+            await problem(refusal, request_id(headers), self.config.limits.retry_after_s)(scope, receive, send)
             return
         await self.app(scope, _Counted(receive, self.most_bytes), send)
 
@@ -133,20 +133,20 @@ class _Counted:
         return message
 
 
-def problem(refusal: Refusal, request: str, config: ServeConfig) -> JSONResponse:
+def problem(refusal: Refusal, request: str, retry_after_s: int) -> JSONResponse:
     """A refusal as an HTTP answer.
 
     Args:
         refusal: Why there is no other answer.
         request: The request's id.
-        config: Says how long a client should wait after a 503.
+        retry_after_s: How long a client should wait after a 503.
 
     Returns:
         A `Problem` with the refusal's status.
     """
     headers = {}
     if refusal.status == 503:
-        headers["Retry-After"] = str(config.limits.retry_after_s)
+        headers["Retry-After"] = str(retry_after_s)
     if refusal.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     body = Problem(error=Fault(kind=refusal.kind, message=refusal.message), request_id=request)

@@ -72,6 +72,18 @@ def test_it_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seen) == 4
 
 
+def test_a_batch_that_may_have_begun_is_not_begun_again() -> None:
+    lost = {"error": {"kind": "lost", "message": "the process died"}, "request_id": "1"}
+    client, seen = scripted(httpx.Response(503, json=lost), ok())
+    with pytest.raises(ServiceError, match="503: the process died"):
+        client.request("POST", "/v1/batches", json={})
+    assert len(seen) == 1
+    assert client.models() == [{"name": "tiny"}]
+    client, seen = scripted(httpx.Response(503, json=lost), httpx.Response(503, json=BUSY), ok())
+    client.models()
+    assert len(seen) == 3
+
+
 def test_a_service_that_stays_busy_is_an_error_of_one_line() -> None:
     client, seen = scripted(*[httpx.Response(503, json=BUSY)] * 3, retries=2)
     with pytest.raises(ServiceError, match="503: too many pictures are waiting"):
