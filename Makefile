@@ -77,8 +77,10 @@ format: venv ## Let ruff format and mend what it can
 test: venv ## The tests that take minutes, on CPU
 	$(PYTHON) -m pytest -m 'not slow and not drill'
 
-test-all: venv ## All tests: slow ones, drills and, where there is a GPU, those for it
-	$(PYTHON) -m pytest
+test-all: venv ## All tests: slow ones, drills and, where there is a GPU, those for it; results go to docs/test-all.md
+	$(PYTHON) -m pytest --junit-xml=runs/test-all.xml && failed= || failed=1
+	PYTHONPATH=. $(PYTHON) scripts/test_report.py runs/test-all.xml docs/test-all.md
+	test -z "$$failed"
 
 faults: venv ## The known faults that tests stand for
 	$(PYTHON) -m pytest --collect-only -q -m fault
