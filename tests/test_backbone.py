@@ -141,6 +141,7 @@ def test_targets_that_match_nothing_are_refused(targets: tuple[str, ...]) -> Non
 # --- bases --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault("ingest-06")
 def test_what_is_no_base_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"unet/config\.json"):
         resolve_base(str(tmp_path))
