@@ -160,6 +160,17 @@ def test_jobs_are_submitted_with_a_token_and_their_exit_codes_are_true(tmp_path:
         wrong = submitted("refine", f"--samples={tmp_path / 'samples'}", f"--out={tmp_path / 'y'}", "--tau=2")
         assert wrong.returncode == 2
 
+        endless = [*submit, "--", "prepare", f"--out={tmp_path / 'w'}", "--shapes.count=1000000"]
+        with subprocess.Popen(endless, env=cluster.env, cwd=tmp_path, text=True, stdout=subprocess.PIPE) as stopped:
+            assert stopped.stdout
+            job = stopped.stdout.readline().split()[1].rstrip(";")
+            while not (tmp_path / "w" / "_STARTED.json").exists():
+                assert stopped.poll() is None
+                time.sleep(0.1)
+            subprocess.run([RAY, "job", "stop", job], env=cluster.env, check=True, capture_output=True)
+            stopped.communicate()
+        assert stopped.returncode == 143
+
         stranger = submitted("prepare", f"--out={tmp_path / 'z'}", env=cluster.env | {"RAY_AUTH_TOKEN": "0" * 64})
         assert stranger.returncode == 1
         assert "token" in stranger.stderr
