@@ -477,13 +477,15 @@ def test_an_empty_prediction_of_something_counts_as_0(protocol: str) -> None:
 
 def test_resampled_sums_equal_a_loop() -> None:
     rng = np.random.default_rng(0)
-    vectors = rng.integers(0, 2**45, size=(23, 7))
+    vectors = rng.integers(0, 2**57, size=(23, 7))
     draws = metrics.draw_images(23, 50, seed=1)
     assert draws.shape == (50, 23)
     assert (draws.sum(axis=1) == 23).all()
-    got = metrics.resampled(draws, [vectors[:5], vectors[5:6], vectors[6:]])
     wanted = [sum(int(n) * v for n, v in zip(row, vectors.astype(object), strict=True)) for row in draws]
-    np.testing.assert_allclose(got, np.array(wanted).astype(float), rtol=1e-12)
+    for order in (np.arange(23), rng.permutation(23)):  # exact, however the images lie
+        parts = [order[:5], order[5:6], order[6:]]
+        got = metrics.resampled(draws, [(part.tolist(), vectors[part]) for part in parts])
+        np.testing.assert_array_equal(got, np.array(wanted).astype(np.int64))
     np.testing.assert_array_equal(metrics.draw_images(23, 50, seed=1), draws)
     assert not np.array_equal(metrics.draw_images(23, 50, seed=2), draws)
 
@@ -493,7 +495,7 @@ def test_interval_of_a_mean_is_the_textbooks() -> None:
     pairs = [pair(int(i), 100) for i in rng.integers(20, 90, size=400)]
     vectors = np.stack([Refer.of(*p).vector() for p in pairs])
     ious = np.array([iou(*p) for p in pairs])
-    got = metrics.intervals(Refer(), metrics.resampled(metrics.draw_images(400, 2000, 7), [vectors]))
+    got = metrics.intervals(Refer(), metrics.resampled(metrics.draw_images(400, 2000, 7), [(range(400), vectors)]))
     half = 1.96 * ious.std() / 20
     assert got["miou"] == pytest.approx((ious.mean() - half, ious.mean() + half), abs=0.1 * half)
     assert set(got) == {"miou", "oiou", *(f"p@{k}" for k in metrics.PRECISION_AT)}  # no counts
@@ -501,5 +503,5 @@ def test_interval_of_a_mean_is_the_textbooks() -> None:
 
 def test_intervals_leave_out_what_a_resample_does_not_define() -> None:
     vectors = np.stack([SemSeg.of(m, m, 2).vector() for m in (np.array([[VOID]], np.int32), np.array([[1]], np.int32))])
-    sums = metrics.resampled(np.array([[2, 0], [1, 1]], np.uint8), [vectors])
+    sums = metrics.resampled(np.array([[2, 0], [1, 1]], np.uint8), [([0, 1], vectors)])
     assert metrics.intervals(SemSeg.none(2), sums)["miou"] == (1, 1)

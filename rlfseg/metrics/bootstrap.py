@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 import numpy as np
@@ -12,6 +12,7 @@ from rlfseg.errors import DataError
 from rlfseg.metrics.sums import Additive
 
 LEVEL = 0.95
+LOW_BITS = 26  # of a sum; float64 adds up 2^27 images of these, and the rest of the 63 bits, without rounding
 
 
 def draw_images(n: int, resamples: int, seed: int) -> NDArray[np.uint8]:
@@ -30,21 +31,23 @@ def draw_images(n: int, resamples: int, seed: int) -> NDArray[np.uint8]:
     return np.stack([c.astype(np.uint8) for c in counts])
 
 
-def resampled(draws: NDArray[np.uint8], parts: Iterable[NDArray[np.int64]]) -> NDArray[np.int64]:
-    """The sums of each resample.
+def resampled(draws: NDArray[np.uint8], parts: Iterable[tuple[Sequence[int], NDArray[np.int64]]]) -> NDArray[np.int64]:
+    """The sums of each resample, the same whatever the order of the images.
 
     Args:
         draws: From `draw_images`, [resamples, n].
-        parts: Vectors of sums of the images in order, [some, d] each, n rows in all; one part is held at a time.
+        parts: Of some images their numbers, 0 to n - 1, and their vectors of sums >= 0, [some, d]; all images come
+            once, in any order; one part is held at a time.
 
     Returns:
-        int64 [resamples, d], to 2^-53 of each (the products are in float64, which is what makes them quick).
+        int64 [resamples, d], exact. The products are in float64, which is what makes them quick.
     """
-    total, start = np.zeros(()), 0
-    for part in parts:
-        drawn = draws[:, start : start + len(part)].astype(np.float64)
-        total, start = total + drawn @ part.astype(np.float64), start + len(part)
-    return np.rint(total).astype(np.int64)
+    total = np.zeros((), np.int64)
+    for numbers, vectors in parts:
+        drawn = draws[:, numbers].astype(np.float64)
+        high, low = (drawn @ half.astype(np.float64) for half in np.divmod(vectors, 1 << LOW_BITS))
+        total = total + (high.astype(np.int64) << LOW_BITS) + low.astype(np.int64)
+    return total
 
 
 def intervals(zero: Additive, sums: NDArray[np.int64]) -> dict[str, tuple[float, float]]:

@@ -61,15 +61,16 @@ def subsets_of(mask: NDArray[np.uint8], instances: int | None) -> list[str]:
 class Part(NamedTuple):
     """Some images' sums of one protocol."""
 
+    ids: list[str]
     vectors: NDArray[np.int64]  # [measured, d]: a row a phrase, or an image
     starts: NDArray[np.int64]  # where each image's rows begin
     subsets: list[list[str]]  # of each row
 
 
 def _parts(out: Path, protocol: str) -> Iterator[Part]:
-    """The sums of a protocol, some images at a time and always in the same order; images without phrases have none."""
+    """The sums of a protocol, some images at a time; images without phrases have none."""
     for path in sorted((out / "data").glob("*.parquet")):
-        columns = ["status", "captions", "subsets", protocol]
+        columns = ["id", "status", "captions", "subsets", protocol]
         for batch in pq.ParquetFile(path).iter_batches(ROWS, columns=columns):
             lengths = np.array([len(c or ()) for c in batch["captions"].to_pylist()])
             keep = pa.array((lengths > 0) & np.array([s == OK for s in batch["status"].to_pylist()]))
@@ -81,7 +82,7 @@ def _parts(out: Path, protocol: str) -> Iterator[Part]:
             measured = lengths if by_phrase else np.ones(batch.num_rows, np.int64)
             subsets = batch["subsets"].flatten().to_pylist() if by_phrase else [[]] * batch.num_rows
             table = vectors.flatten().to_numpy().reshape(len(vectors), -1)
-            yield Part(table, np.cumsum(measured) - measured, subsets)
+            yield Part(batch["id"].to_pylist(), table, np.cumsum(measured) - measured, subsets)
 
 
 def _zero(protocol: str, classes: tuple[str, ...]) -> Additive:
@@ -121,6 +122,8 @@ def write(config: EvaluateConfig, out: Path, classes: tuple[str, ...], unused: i
     seen = list(good_rows(out, ["id", "iou", "missing", "clipped", "n_classes"]))
     ranked = sorted((sum(row["iou"]) / len(row["iou"]), row["id"]) for row in seen if row["iou"])
     draws = metrics.draw_images(len(ranked), config.resamples, config.seed) if config.resamples and ranked else None
+    # By id, not as they lie in the files: a job that went on, or had more workers, gives the same intervals
+    number = {image: n for n, image in enumerate(sorted(image for _, image in ranked))}
     results: Row = {"protocols": {}, "subsets": {}, "intervals": {}}
     sums: dict[str, Additive] = {}
     for protocol in config.protocols:
@@ -130,7 +133,10 @@ def write(config: EvaluateConfig, out: Path, classes: tuple[str, ...], unused: i
         for name, part in by_subset.items():
             results["subsets"].setdefault(name, {})[protocol] = part.results()
         if draws is not None:
-            per_image = (np.add.reduceat(p.vectors, p.starts, axis=0) for p in _parts(out, protocol))
+            per_image = (
+                ([number[i] for i in p.ids], np.add.reduceat(p.vectors, p.starts, axis=0))
+                for p in _parts(out, protocol)
+            )
             results["intervals"][protocol] = metrics.intervals(zero, metrics.resampled(draws, per_image))
     results["bootstrap"] = {"resamples": config.resamples, "seed": config.seed, "level": 0.95, "unit": "image"}
     if "semseg" in sums:

@@ -26,6 +26,8 @@ from rlfseg.datasets.shapes import Scene
 from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.training import Batch, Labelled, TrainState
 
+HARD = {"top", "bottom", "left", "right", "striped", "dotted"}  # words of the phrases that are learned last
+
 
 def encode(backbone: Backbone, arrays: list[np.ndarray], tensor) -> torch.Tensor:
     """Latents of many images or masks, in fp16."""
@@ -37,18 +39,19 @@ def encode(backbone: Backbone, arrays: list[np.ndarray], tensor) -> torch.Tensor
 class Latents:
     """All phrases of many scenes as latents in memory."""
 
-    def __init__(self, backbone: Backbone, items: list[Scene], seed: int):
+    def __init__(self, backbone: Backbone, items: list[Scene], seed: int, hard: int):
         self.z1 = encode(backbone, [s.image for s in items], image_to_tensor)
         pairs = [(n, p) for n, s in enumerate(items) for p in s.phrases]
         self.owner = torch.tensor([n for n, _ in pairs])
         self.phrases = [p.caption for _, p in pairs]
         self.z0 = encode(backbone, [p.mask for _, p in pairs], mask_to_tensor)
+        self.times = np.array([hard if HARD & set(p.split()) else 1 for p in self.phrases])
         self.rng = np.random.default_rng(seed)
 
     def batches(self, size: int):
         """Endless shuffled batches."""
         for epoch in itertools.count():
-            order = self.rng.permutation(len(self.phrases))
+            order = self.rng.permutation(np.repeat(np.arange(len(self.phrases)), self.times))
             for n in range(0, len(order) - size + 1, size):
                 rows = torch.from_numpy(order[n : n + size])
                 z0 = self.z0[rows].float()
@@ -82,6 +85,7 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=16, help="phrases a step")
     p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--times", default="one", choices=["one", "uniform", "mixed"])
+    p.add_argument("--hard", type=int, default=1, help="how often an epoch has a phrase with a place or a texture")
     p.add_argument("--decay", type=float, default=0.995, help="of the averaged weights")
     p.add_argument("--resume", type=Path, help="adapter folder to go on from")
     args = p.parse_args()
@@ -98,7 +102,7 @@ def main() -> None:
         optimizer=OptimizerConfig(lr=args.lr, betas=(0.9, 0.99)),
     )  # fmt: skip
     backbone = Backbone.load(config.backbone, unet=build_unet() if args.scratch else None)
-    latents = Latents(backbone, train, args.seed)
+    latents = Latents(backbone, train, args.seed, args.hard)
     backbone.add_lora(config.lora, seed=args.seed)
     if args.resume:
         backbone.load_weights(args.resume)
