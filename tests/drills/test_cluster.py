@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(2400)]
 RAY = str(Path(sys.executable).with_name("ray"))
-CPUS = 6  # logical, of a node: two training workers of 4 CPUs don't fit on one
+CPUS = 8  # logical, of a node
 
 
 class Cluster:
@@ -90,7 +90,8 @@ def _wait_for_nodes(cluster: Cluster, nodes: int) -> None:
 def stages(cluster: Cluster, samples: Path, out: Path, root: Path) -> None:
     """Refine, encode, train with two workers, predict."""
     configs = root / "jobs" / "configs" / "quickstart"
-    wide = ["--run.workers=2", "--run.cpus=3", "--run.batch_size=4"]
+    cpus = 5 if len(cluster.nodes) > 1 else 1  # two workers of 5 don't fit on one node
+    wide = ["--run.workers=2", f"--run.cpus={cpus}", "--run.batch_size=4"]
     cluster.job("refine", f"--samples={samples}", f"--out={out / 'refined'}", "--max_rounds=2", *wide)
     cluster.job(
         "encode",
@@ -106,7 +107,7 @@ def stages(cluster: Cluster, samples: Path, out: Path, root: Path) -> None:
         f"--out={out / 'train'}",
         "--max_steps=4",
         "--batch_size=4",
-        "--cpus=4" if len(cluster.nodes) > 1 else "--cpus=1",
+        f"--cpus={cpus}",
         "--tracking.enabled=false",
     )
     adapter = f"--adapter={out / 'train' / 'adapter'}"
