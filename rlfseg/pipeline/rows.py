@@ -90,8 +90,8 @@ def unpack(table: pa.Table) -> Rows:
 class Attempts:
     """Notes on disk of what is being worked on, so that a sample that kills its process is found out.
 
-    A batch's note is written before its work and removed after it. What a process finds when it looks for the first
-    time was left by dead ones: Ray gives a dead process's batch to a new one.
+    A batch's note is written before its work and removed after it, also where it raises. What a process finds when it
+    looks for the first time was left by dead ones: Ray gives a dead process's batch to a new one.
 
     Args:
         folder: Where the notes lie; shared by all processes that do the same work.
@@ -109,6 +109,16 @@ class Attempts:
             return [self._alone(work, row, self.deaths.get(row["id"], 0)) for row in rows]
         return self._noted(work, rows, 1) if rows else []
 
+    def forgive(self) -> None:
+        """For a job that is started again: what was in work when it died is worked on alone, but not held against it.
+
+        The job may have been killed for any reason; a sample that kills its process will do so again.
+        """
+        deaths, old = self._read(), list(self.folder.glob("*.json"))
+        (self.folder / f"{uuid.uuid4().hex}.json").write_text(json.dumps(dict.fromkeys(deaths, 1)))
+        for note in old:
+            note.unlink()
+
     def _alone(self, work: Work, row: Row, deaths: int) -> Row:
         if deaths > ALONE_DEATHS:
             return refused(row, f"its process died {deaths} times while working on it")
@@ -117,7 +127,11 @@ class Attempts:
     def _noted(self, work: Work, rows: Rows, deaths: int) -> Rows:
         note = self.folder / f"{uuid.uuid4().hex}.json"
         note.write_text(json.dumps(dict.fromkeys([row["id"] for row in rows], deaths)))
-        done = work(rows)
+        try:
+            done = work(rows)
+        except Exception:
+            note.unlink()  # it lives: the disk is full, say, and these rows are not to blame
+            raise
         note.unlink()
         return done
 

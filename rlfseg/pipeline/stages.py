@@ -178,6 +178,8 @@ def run_stage(stage: Stage) -> Summary:
     check_budget(stage.name, cpus_needed(stage.run, bool(stage.finish)), stage.run.workers * stage.gpus)
     data, count = stage.out / "data", Committed(stage.out)
     before = count()
+    for notes in (stage.out / "_attempts").glob("*"):
+        Attempts(notes).forgive()
     with Progress(stage.name, total=stage.rows.num_rows, count=count):
         try:
             _pipeline(stage).write_parquet(str(data), write_page_checksum=True)  # for `verify`

@@ -58,6 +58,39 @@ def test_work_that_ends_leaves_no_notes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_exception_is_no_death(tmp_path: Path) -> None:
+    def away(rows: Rows) -> Rows:
+        raise OSError("the bucket can't be reached")
+
+    for _ in range(5):
+        with pytest.raises(OSError, match="bucket"):
+            Attempts(tmp_path).guard(away, [{"id": "a"}])
+    assert Attempts(tmp_path).guard(work, [{"id": "a"}]) == [{"id": "a", "status": OK}]
+
+
+def test_a_job_that_was_killed_often_blames_nobody(tmp_path: Path) -> None:
+    rows: list[Row] = [{"id": name} for name in ("a", "b")]
+
+    def driver_killed(rows: Rows) -> Rows:
+        raise Killed
+
+    for _ in range(6):
+        with pytest.raises(Killed):
+            Attempts(tmp_path).guard(driver_killed, rows)
+        Attempts(tmp_path).forgive()
+    calls: list[int] = []
+
+    def counted(rows: Rows) -> Rows:
+        calls.append(len(rows))
+        return work(rows)
+
+    assert [row["status"] for row in Attempts(tmp_path).guard(counted, rows)] == [OK, OK]
+    assert calls == [1, 1]  # alone: one of them may have killed it
+    deaths, done = restart_until_done(tmp_path, [*rows, {"id": "poison"}])
+    assert [row["status"] == OK for row in done] == [True, True, False]
+    assert deaths == 3
+
+
 def test_notes_of_living_processes_and_half_written_ones_blame_nobody(tmp_path: Path) -> None:
     early = Attempts(tmp_path)
     early.guard(work, [{"id": "a"}])
