@@ -14,8 +14,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from errno import ENOSPC
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,7 @@ def run_stage(stage: Stage) -> Summary:
         try:
             _pipeline(stage).write_parquet(str(data), write_page_checksum=True)  # for `verify`
         except Exception as error:  # noqa: BLE001 -- raised again: Ray wraps ours in its own; the user must see the cause
-            raise our_cause(error) or error from None
+            raise our_cause(error) or _full_disk(error, stage.out) or error from None
     counts = stage.finalize(_account(stage))
     shutil.rmtree(stage.out / "_attempts", ignore_errors=True)
     finish(stage.out, stage.identity, counts)
@@ -312,13 +313,28 @@ def check_rows(stage: str, ids: Sequence[str], rows: Rows) -> None:
 
 
 def our_cause(error: BaseException | None) -> RlfsegError | None:
-    """The first of our own errors in a chain of causes, as Ray Data and Ray Train nest them."""
+    """The first of our own errors in a chain of causes."""
+    ours = (
+        e for e in _causes(error) if isinstance(e, RlfsegError) and not isinstance(e, RayTaskError)
+    )  # Ray's is both
+    return next(ours, None)
+
+
+def _full_disk(error: BaseException, out: Path) -> ResourceError | None:
+    # by its text too: on the way from a worker the number gets lost
+    if any(isinstance(e, OSError) and (e.errno == ENOSPC or "No space left" in str(e)) for e in _causes(error)):
+        return ResourceError(
+            f"{out}: the disk is full; make room and start again: what is written stays, and it goes on"
+        )
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """A chain of causes, as Ray Data and Ray Train nest them."""
     while error is not None:
-        if isinstance(error, RlfsegError) and not isinstance(error, RayTaskError):  # Ray's is both
-            return error
+        yield error
         of_workers = getattr(error, "worker_failures", {}).values()
         error = next(iter(of_workers), None) or getattr(error, "cause", None) or error.__cause__
-    return None
 
 
 class Committed:
