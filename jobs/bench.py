@@ -1,10 +1,10 @@
 r"""Measure rlfseg's ways against the plain ones, as ratios in one run.
 
 In: nothing.
-Out: a table, OUT/bench.json, an MLflow run.
+Out: a table, OUT/bench.json (a list of its rows), OUT/machine.json, an MLflow run.
 
     ray job submit --working-dir . -- \
-        python -m jobs.bench data --out runs/bench-data
+        python -m jobs.bench data model --out runs/bench
 """
 
 import sys

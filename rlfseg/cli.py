@@ -31,6 +31,12 @@ class Command:
     positional: dict[str, str] = field(default_factory=dict)  # settings given without their name, and what they are
 
 
+MANY = {
+    "files": "+",
+    "command": "+",
+    "phrases": "+",
+    "what": "*",
+}  # settings that take several values without their name
 COMMANDS: dict[str, Command] = {
     "prepare": Command(
         settings=config.PrepareConfig,
@@ -152,9 +158,9 @@ COMMANDS: dict[str, Command] = {
         module="rlfseg.pipeline.bench",
         what="measure rlfseg's ways against the plain ones, as ratios in one run",
         goes_in="nothing",
-        comes_out="a table, OUT/bench.json, an MLflow run",
-        example="rlfseg bench data --out runs/bench-data",
-        positional={"what": "what to measure: data, model, stages, sd or serve"},
+        comes_out="a table, OUT/bench.json (a list of its rows), OUT/machine.json, an MLflow run",
+        example="rlfseg bench data model --out runs/bench",
+        positional={"what": "what to measure: some of data, model, stages, sd, serve; none: all of them"},
     ),
 }  # fmt: skip
 
@@ -240,7 +246,7 @@ def parser(name: str) -> ArgumentParser:
     )
     p.add_class_arguments(command.settings, skip=set(command.positional))
     for setting, what in command.positional.items():
-        p.add_argument(setting, type=str, nargs="+" if setting in ("files", "command", "phrases") else None, help=what)
+        p.add_argument(setting, type=str, nargs=MANY.get(setting), help=what)
     return p
 
 

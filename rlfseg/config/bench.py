@@ -15,11 +15,11 @@ from rlfseg.config.serving import ServeConfig
 class BenchConfig:
     """Measures rlfseg's ways against the plain ones, as ratios in one run."""
 
-    what: Literal["data", "model", "stages", "sd", "serve"]
+    what: tuple[Literal["data", "model", "stages", "sd", "serve"], ...] = ()
     """`data`: measures, reading and evaluation; `model`: inference, training, selection, refinement; `stages`: Ray Data
-    against a loop; `sd`: what SD v1.5's full size costs; `serve`: the service under load."""
+    against a loop; `sd`: what SD v1.5's full size costs; `serve`: the service under load. None: all of them."""
     out: str = "runs/bench"
-    """Folder to write bench.json and files of the run to; an older bench.json is replaced."""
+    """Folder to write bench.json and machine.json to, and files of the run; older ones are replaced."""
     images: PositiveInt = 1000
     """For `data`: pictures of 512 x 512 with 4 masks each; all are read, half are evaluated. 0.8 MB of disk each."""
     rounds: PositiveInt = 3

@@ -9,8 +9,10 @@ import importlib
 import os
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
@@ -22,7 +24,9 @@ from rlfseg.config import BenchConfig, as_dict
 from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.stages import Summary
 
+SUITES = ("data", "model", "stages", "sd", "serve")
 LIBRARIES = ("ray", "torch", "numpy", "scipy", "h5py", "pyarrow")
+OPPONENTS = ("diffusers", "transformers", "peft", "accelerate", "segment-anything")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,7 @@ class Row:
 
 
 def run(config: BenchConfig) -> Summary:
-    """Runs a suite, prints one table, writes bench.json and records it.
+    """Runs suites, prints one table, writes bench.json and machine.json and records them.
 
     Args:
         config: Settings of the command.
@@ -69,17 +73,22 @@ def run(config: BenchConfig) -> Summary:
     """
     start, out = time.monotonic(), Path(config.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    suite = "serve.bench" if config.what == "serve" else f"rlfseg.pipeline.bench_{config.what}"
-    rows: list[Row] = importlib.import_module(suite).measure(config)
-    here = machine()
-    _show(config.what, rows, here)
-    tree = {"what": config.what, "machine": here, "rows": [asdict(r) | {"verdict": r.verdict} for r in rows]}
-    write_json(out / "bench.json", tree)
+    here, suites, rows = machine(), config.what or SUITES, list[Row]()
+    write_json(out / "machine.json", here | {"settings": as_dict(config)})
+    figures: dict[str, float] = {}
+    for name in suites:
+        suite = "serve.bench" if name == "serve" else f"rlfseg.pipeline.bench_{name}"
+        found: list[Row] = importlib.import_module(suite).measure(config)
+        rows += found
+        figures |= {f"bench/{name}/{r.name}": r.figure for r in found}
+        write_json(out / "bench.json", [asdict(r) | {"verdict": r.verdict} for r in rows])
     with tracking.Run.start(
-        config.tracking, params=as_dict(config), run_name=f"bench-{config.what}", tags={"rlfseg.stage": "bench"}
+        config.tracking, params=as_dict(config), run_name=f"bench-{'-'.join(suites)}", tags={"rlfseg.stage": "bench"}
     ) as recorded:
-        recorded.log_metrics({f"bench/{config.what}/{r.name}": r.figure for r in rows})
+        recorded.log_metrics(figures)
         recorded.log_artifact(out / "bench.json", "bench")
+        recorded.log_artifact(out / "machine.json", "bench")
+    _show(suites, rows, here | {"settings": f"rounds {config.rounds}, images {config.images}, quick {config.quick}"})
     return Summary(
         name="bench",
         out=str(out),
@@ -100,6 +109,7 @@ def machine() -> dict[str, str]:
         "gpu": _gpu(),
         "system": platform.platform(terse=True),
         "versions": ", ".join([*ours, *(f"{name} {version(name)}" for name in LIBRARIES)]),
+        "opponents": ", ".join(f"{name} {version(name)}" for name in OPPONENTS if find_spec(name.replace("-", "_"))),
     }
 
 
@@ -115,8 +125,8 @@ def _gpu() -> str:
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "none"
 
 
-def _show(what: str, rows: list[Row], here: dict[str, str]) -> None:
-    table = Table(title=f"rlfseg bench {what}", caption="\n".join(f"{k}: {v}" for k, v in here.items()))
+def _show(suites: Sequence[str], rows: list[Row], here: dict[str, str]) -> None:
+    table = Table(title=f"rlfseg bench {' '.join(suites)}", caption="\n".join(f"{k}: {v}" for k, v in here.items()))
     table.add_column("what")
     for column in ("rlfseg", "plain", "ratio", "goal", ""):
         table.add_column(column, justify="right")

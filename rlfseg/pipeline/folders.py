@@ -87,7 +87,7 @@ def fingerprint(folder: Path) -> str:
     return sha256((folder / "_SUCCESS.json").read_bytes()).hexdigest()[:12]
 
 
-def write_json(path: Path, tree: Row) -> None:
+def write_json(path: Path, tree: Row | list[Row]) -> None:
     """Writes JSON in one move."""
     temporary = path.with_name(f".{path.name}.tmp")
     text = json.dumps(tree, indent=1, ensure_ascii=False)

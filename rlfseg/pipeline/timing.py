@@ -47,7 +47,12 @@ def peak_memory(way: Way) -> int:
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status("VmRSS")
     way()
-    return _status("VmHWM") - before
+    return high_water() - before
+
+
+def high_water() -> int:
+    """The most memory that this process has held, in bytes."""
+    return _status("VmHWM")
 
 
 def _status(field: str) -> int:

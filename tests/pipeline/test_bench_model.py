@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rlfseg import flow
+from rlfseg import cli, flow
 from rlfseg.config import ASSETS, BenchConfig
-from rlfseg.pipeline import baselines, bench_model
+from rlfseg.pipeline import baselines, bench_data, bench_model
 from rlfseg.pipeline.bench import Row
 from rlfseg.pipeline.timing import peak_memory, race
 
@@ -46,6 +48,24 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     assert all(290e6 < peak < 400e6 for peak in (peaks[0], peaks[2]))
 
 
+def test_the_table_the_list_and_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {
+        bench_data: [Row(name="a", ours=2.0, baseline=6.0, ratio=3.0, goal=4.0, unit="s")],
+        bench_model: [Row(name="b", ours=2.0, baseline=6.0, ratio=3.0, goal=1.0, unit="s")],
+    }
+    for suite, own in rows.items():
+        monkeypatch.setattr(suite, "measure", lambda config, own=own: own)
+    off = ["--tracking.enabled=false", f"--out={tmp_path}"]
+    assert cli.main("bench", ["data", "model", *off]) == 0
+    found = json.loads((tmp_path / "bench.json").read_text())
+    assert [(r["name"], r["verdict"]) for r in found] == [("a", "missed"), ("b", "reached")]
+    assert {"name", "ours", "baseline", "ratio", "goal", "unit"} < found[0].keys()
+    machine = json.loads((tmp_path / "machine.json").read_text())
+    assert machine["settings"]["rounds"] == 3
+    assert "diffusers" in machine["opponents"]
+    assert cli.main("bench", ["speed", *off]) == 2
+
+
 def test_rows_without_an_opponent_have_no_verdict() -> None:
     row = Row(name="x", ours=3.0, baseline=None, ratio=None, goal=None, unit="s")
     assert (row.verdict, row.figure) == ("", 3.0)
@@ -71,7 +91,7 @@ def test_the_script_has_our_loss(script: baselines.LoraScript) -> None:
 def test_every_row_of_the_quick_suite(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The suite itself checks that masks, scores and choices are the same before it measures."""
     out = tmp_path_factory.mktemp("bench")
-    rows = bench_model.measure(BenchConfig(what="model", quick=True, rounds=1, out=str(out)))
+    rows = bench_model.measure(BenchConfig(what=("model",), quick=True, rounds=1, out=str(out)))
     assert len(rows) == 8
     assert all(row.ratio and row.ratio > 0 for row in rows)
     assert list(out.iterdir()) == []
