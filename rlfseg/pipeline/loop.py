@@ -96,7 +96,7 @@ class Loop:
         config, context = job.config, ray.train.get_context()
         self.job, self.config = job, config
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
         self.source: Source = open_source(config)
         backbone = Backbone.load(config.backbone)
         backbone.add_lora(config.lora, seed=config.seed)
