@@ -47,7 +47,8 @@ class PrepareConfig:
     rasteriser: Literal["auto", "pil", "pycocotools"] = "auto"
     """How polygons are filled; `auto`: as the set's own tools do. Stored with the masks: they differ at edges."""
     exclude_ids: str | None = None
-    """Images to leave out, as `audit` finds them: a text file with an id a line, or ids with commas between."""
+    """Images to leave out, as `audit` finds them: a text file with one a line, or with commas between; ids, names of
+    picture files or COCO ids."""
     shapes: ShapesConfig = Field(default_factory=ShapesConfig)
     """For `shapes`: what to draw."""
     images_per_shard: PositiveInt = 500

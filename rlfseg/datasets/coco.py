@@ -10,6 +10,7 @@ phrase is its category's id.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,6 +154,12 @@ def readable(name: str) -> str:
     if kind in MATERIALS and what:
         return f"{kind} {what}"
     return what if kind in ("other", "stuff") and what else name
+
+
+def id_in_name(name: str) -> str | None:
+    """The id in COCO's own file names, such as 000000000030.jpg and COCO_train2014_000000000030.jpg; else None."""
+    found = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})\.jpg", name, re.ASCII)
+    return str(int(found[1])) if found else None
 
 
 def outline_of(row: Tree, where: str, source: Path) -> Outline:

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from rlfseg.config import PrepareConfig
 from rlfseg.datasets import coco, cocostuff, folder, grefcoco, labelme, paper, phrasecut, records, refer
+from rlfseg.datasets.exclude import exclusion
 from rlfseg.datasets.raster import Rule
 from rlfseg.datasets.records import Counts, Loaded, Plan, Record
 from rlfseg.errors import ConfigError, DataError
@@ -64,8 +65,8 @@ def survey(config: PrepareConfig) -> Survey:
             raise ConfigError(f"{setting}: has no effect for source {config.source}; leave it out")
     plan = _plan(config)
     chosen = _of_splits(plan, config)
-    excluded = _excluded(chosen, config.exclude_ids)
-    kept = [r for r in chosen if r.id not in excluded]
+    excluded = exclusion(chosen, config.exclude_ids)
+    kept = [r for r in chosen if r.id not in excluded.ids]
     missing = {r.id: f"{r.image}: no such file" for r in _missing(kept)}
     converted = [r for r in kept if r.id not in missing]
     refused = {**plan.bad, **missing}
@@ -79,7 +80,8 @@ def survey(config: PrepareConfig) -> Survey:
         "splits": _counts(plan, config.splits),
         "missing": sorted(Path(r.image).name for r in kept if r.id in missing),
         "unused": {"count": len(unused), "first": unused[:NAMED]},
-        "excluded": sorted(excluded),
+        "excluded": sorted(excluded.ids),
+        "exclusion": excluded.note,
         "without_phrases": plan.without_phrases,
     }
     return Survey(
@@ -117,8 +119,8 @@ def notes(report: dict[str, Any]) -> tuple[str, ...]:
         lines.append(f"missing: {len(report['missing'])} pictures are not on disk: {_some(report['missing'])}")
     if count := report["unused"]["count"]:
         lines.append(f"unused: {count} pictures that no list names: {_some(report['unused']['first'], count)}")
-    if report["excluded"]:
-        lines.append(f"excluded: {len(report['excluded'])} pictures by exclude_ids")
+    if report["exclusion"]:
+        lines.append(report["exclusion"])
     for what, meaning in (("skipped", "can't be drawn"), ("partly", "are drawn without a part")):
         if names := report.get(what):
             said = [f"{name} ({why})" for name, why in list(names.items())[:NAMED]]
@@ -183,21 +185,6 @@ def _of_splits(plan: Plan, config: PrepareConfig) -> list[Record]:
             raise DataError(f"{record.source}: the id {record.id!a} is there twice; ids must differ")
         ids.add(record.id)
     return chosen
-
-
-def _excluded(chosen: list[Record], given: str | None) -> set[str]:
-    """Ids of the pictures that `exclude_ids` leaves out."""
-    if given is None:
-        return set()
-    path = Path(given)
-    named = path.read_text(encoding="utf-8").splitlines() if path.is_file() else given.split(",")
-    wanted = {name.strip() for name in named if name.strip()}
-    excluded = wanted & {record.id for record in chosen}
-    # A set may well hold none of a file's ids; ids on the line that are none are a slip, or a file that isn't there.
-    if not path.is_file() and excluded != wanted:
-        unknown = _some(sorted(wanted - excluded))
-        raise ConfigError(f"exclude_ids: {unknown} is neither a file nor the id of a picture in this set")
-    return excluded
 
 
 def _check_enough(records: list[Record], refused: dict[str, str], config: PrepareConfig) -> None:

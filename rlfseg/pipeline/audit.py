@@ -6,7 +6,6 @@ A look is a kilobyte, so that two sets of 100,000 images each are compared in le
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from rlfseg import draw, images
 from rlfseg.audit import Looks, Pair, look, shared
 from rlfseg.config import AuditConfig, as_dict, digest
+from rlfseg.datasets.coco import id_in_name
 from rlfseg.errors import ConfigError
 from rlfseg.hdf5 import Reader
 from rlfseg.pipeline.folders import write_json
@@ -87,18 +87,12 @@ def _pictures(name: str, folder: Path) -> tuple[pa.Table, Row]:
         identity = samples.identity
     else:
         paths = images.list_images(folder)
-        rows = [{"id": p.name, "folder": str(folder), "coco_id": _coco_id(p.name)} for p in paths]
+        rows = [{"id": p.name, "folder": str(folder), "coco_id": id_in_name(p.name)} for p in paths]
         identity = {"pictures": str(folder), "files": digest({p.name: p.stat().st_size for p in paths})}
     if not rows:
         raise ConfigError(f"{name}: {folder} holds no pictures; give a folder of `prepare` or of pictures")
     named = [{**row, "id": f"{name}/{row['id']}", "set": name, "name": row["id"]} for row in rows]
     return pa.Table.from_pylist(named, schema=INDEX), identity
-
-
-def _coco_id(name: str) -> str | None:
-    """The id in COCO's own file names: 000000000030.jpg, COCO_train2014_000000000030.jpg."""
-    found = re.fullmatch(r"(?:COCO_\w+_)?(\d{12})\.jpg", name)
-    return str(int(found[1])) if found else None
 
 
 class LoadPicture:

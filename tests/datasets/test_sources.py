@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from rlfseg.config import PrepareConfig
-from rlfseg.datasets import sources
+from rlfseg.datasets import exclude, records, sources
 from rlfseg.errors import ConfigError, DataError
 
 SQUARE = [2, 2, 2, 6, 6, 6, 6, 2]
@@ -63,15 +63,54 @@ def test_no_picture_at_all(root: Path) -> None:
 
 def test_excluded_pictures_are_left_out(root: Path) -> None:
     (root / "leak.txt").write_text("2\n\n 3 \n999\n")
-    for given in (str(root / "leak.txt"), "2,3", " 2, 3 "):
+    for given, asked in ((str(root / "leak.txt"), 3), ("2,3", 2), (" 2, 3 ", 2)):
         survey = sources.survey(settings(root, exclude_ids=given))
         assert [r.id for r in survey.records] == ["1", "4", "5", "6", "7"]
         assert survey.report["excluded"] == ["2", "3"]
-    assert "excluded: 2 pictures by exclude_ids" in sources.notes(survey.report)
-    with pytest.raises(ConfigError, match=r"exclude_ids: leek\.txt is neither a file nor the id of a picture"):
-        sources.survey(settings(root, exclude_ids="leek.txt"))
+        assert f"exclude_ids: 2 of {asked} ids are in this set" in sources.notes(survey.report)
     with pytest.raises(DataError, match="no picture is left to convert: all are excluded"):
         sources.survey(settings(root, exclude_ids=",".join(str(n) for n in range(1, 11))))
+
+
+def test_a_list_is_of_the_kind_that_most_of_it_is(root: Path) -> None:
+    # As in PhraseCut: 103 is COCO's id of picture 3 and the id of another.
+    made = [records.Record(id=i, image=f"/x/{i}.jpg", size=None, split="", phrases=(), source="", coco_id=c)
+            for i, c in (("1", "101"), ("2", "102"), ("3", "103"), ("103", None), ("4", "30"))]  # fmt: skip
+    for given, ids, note in (
+        ("103,1", {"103", "1"}, "2 of 2 ids"),
+        ("103,101", {"3", "1"}, "2 of 2 COCO ids"),
+        ("103.jpg,1.jpg", {"103", "1"}, "2 of 2 file names"),
+        ("000000000030.jpg,30,COCO_train2014_000000000103.jpg", {"4", "3"}, "3 of 3 COCO ids"),
+    ):
+        assert exclude.exclusion(made, given) == (ids, f"exclude_ids: {note} are in this set")
+
+
+def test_a_list_that_excludes_nothing_says_so(root: Path) -> None:
+    for text, told in (("dog.jpg\ncat.jpg\n", "those given like 'cat.jpg'"), ("\n", "the list is empty")):
+        (root / "leak.txt").write_text(text)
+        (note,) = [n for n in sources.notes(sources.survey(settings(root, exclude_ids=str(root / "leak.txt"))).report)
+                   if n.startswith("exclude_ids")]  # fmt: skip
+        assert f"exclude_ids: 0 of {len(text.split())} ids are in this set; NOTHING is excluded" in note
+        assert note.endswith(f"ids here are like '1', {told}")
+
+
+@pytest.mark.parametrize("given", ["leek.txt", "2,three", "4" * 300, ",".join(["7"] * 200 + ["x"]), "a\0b", "\ud800"])
+def test_what_is_neither_a_file_nor_an_id_is_a_slip(root: Path, given: str) -> None:
+    with pytest.raises(ConfigError, match=r"exclude_ids: '.* is neither a file nor the id of a picture in this set"):
+        sources.survey(settings(root, exclude_ids=given))
+
+
+def test_a_long_line_of_ids_is_no_file_name(root: Path) -> None:
+    ids = ",".join(["2"] * 500)
+    assert sources.survey(settings(root, exclude_ids=ids)).report["excluded"] == ["2"]
+
+
+def test_a_list_that_is_not_utf_8_is_named(root: Path) -> None:
+    (root / "leak.txt").write_bytes("café.jpg\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"leak\.txt: can't be read \('utf-8' codec"):
+        sources.survey(settings(root, exclude_ids=str(root / "leak.txt")))
+    (root / "leak.txt").write_bytes(b"\xef\xbb\xbf2\r\n3\r\n")  # as Windows writes it
+    assert sources.survey(settings(root, exclude_ids=str(root / "leak.txt"))).report["excluded"] == ["2", "3"]
 
 
 def test_settings_without_effect_are_refused(root: Path) -> None:
@@ -97,6 +136,7 @@ def test_names_are_cut_off_after_a_few() -> None:
         "missing": [f"{n}.jpg" for n in range(7)],
         "unused": {"count": 70, "first": ["a"] * 5},
         "excluded": [],
+        "exclusion": "",
         "without_phrases": 0,
         "skipped": {f"{n}: task": "why" for n in range(6)},
         "partly": {"7: task": "1 objects"},

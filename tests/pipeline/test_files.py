@@ -379,6 +379,38 @@ def test_audit_finds_what_two_sets_share(ray: ModuleType, tmp_path: Path, capsys
     assert (code, "similarity (0.95 then, 0.5 now)" in said) == (1, True)
 
 
+@pytest.mark.parametrize("audited", ["pictures", "prepared"])
+def test_what_an_audit_finds_prepare_leaves_out(
+    ray: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], audited: str
+) -> None:
+    photos, test = tmp_path / "val2017", tmp_path / "test"
+    for folder in (photos, test, tmp_path / "annotations"):
+        folder.mkdir()
+    for n in range(3):
+        Image.fromarray(scene(n).image).save(photos / f"{n:012}.jpg", quality=95)
+    Image.fromarray(scene(1).image).save(test / "copy.png")
+    square = {"category_id": 18, "segmentation": [[9, 9, 9, 40, 40, 40]]}
+    tree = {
+        "images": [{"id": n, "file_name": f"{n:012}.jpg", "width": 64, "height": 64} for n in range(3)],
+        "annotations": [{"id": n, "image_id": n, **square} for n in range(3)],
+        "categories": [{"id": 18, "name": "dog"}],
+    }
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps(tree))
+    line = ["prepare", "--source=coco", f"--path={tmp_path / 'annotations' / 'instances_val2017.json'}"]
+    train = photos
+    if audited == "prepared":
+        train = tmp_path / "all"
+        assert run(capsys, *line, f"--out={train}")[0] == 0
+    assert run(capsys, "audit", train, test, f"--out={tmp_path / 'audit'}", "--similarity=0.95")[0] == 0
+    listed = tmp_path / "audit" / "exclude_ids.txt"
+    assert listed.read_text() == {"pictures": "000000000001.jpg\n", "prepared": "1\n"}[audited]
+    code, said = run(capsys, *line, f"--exclude_ids={listed}", f"--out={tmp_path / 'out'}")
+    assert code == 0, said
+    kind = {"pictures": "file names", "prepared": "ids"}[audited]
+    assert f"exclude_ids: 1 of 1 {kind} are in this set" in said
+    assert sorted(hdf5.read_index(tmp_path / "out")["id"].to_pylist()) == ["0", "2"]
+
+
 def test_audit_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a").mkdir()
     code, said = run(capsys, "audit", tmp_path / "a", tmp_path / "a", f"--out={tmp_path / 'out'}")

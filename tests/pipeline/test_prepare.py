@@ -108,7 +108,7 @@ def test_again_it_repeats_nothing_and_tells_the_same(
     assert "val is not the official split: 12 images instead of 2,971 and 24 phrases instead of 20,316" in said
     assert "missing: 3 pictures are not on disk: 1.jpg, 5.jpg, 9.jpg" in said
     assert "unused: 5 pictures that no list names: 900.jpg" in said
-    assert "excluded: 1 pictures by exclude_ids" in said
+    assert "exclude_ids: 1 of 1 ids are in this set" in said
     assert "skipped: 1 phrases can't be drawn: 3: 3__1 (no outline that covers a pixel)" in said
     assert "partly: 1 phrases are drawn without a part: 4: 4__0 (1 polygons)" in said
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
