@@ -4,72 +4,104 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import secrets
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from rlfseg.pipeline.loop import read_curve
+from rlfseg.pipeline.stages import Committed
+
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(2400)]
 RAY = str(Path(sys.executable).with_name("ray"))
-CPUS = 8  # logical, of a node
+CPUS, SCENES = 8, 48  # logical CPUs of a node
 
 
 class Cluster:
-    """Where it is and how to call it."""
+    """Raylets with folders and free ports of their own, and a token; `node 1` and on may come and go.
 
-    def __init__(self, env: dict[str, str], nodes: list[subprocess.Popen[bytes]]):
-        self.env, self.nodes = env, nodes
+    Args:
+        folder: For their logs.
+        root: Of the checkout.
+        dashboard: Whether the head has a job server.
+        pinned: Whether nodes take turns on the cores, one each.
+    """
 
-    def job(self, name: str, *flags: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`python -m jobs.NAME` as a driver of its own."""
-        return subprocess.run(
-            [sys.executable, "-m", f"jobs.{name}", *flags], env=self.env, check=check, text=True, capture_output=True
+    def __init__(self, folder: Path, root: Path, *, dashboard: bool, pinned: bool):
+        self.folder, self.pinned, self.started = folder, pinned, 0
+        self.nodes, self.stack = list[subprocess.Popen[bytes]](), ExitStack()
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.env = os.environ | token | {"PYTHONPATH": str(root)}
+        head = ["--head", "--port=0", f"--include-dashboard={str(dashboard).lower()}"]
+        home = self._start(*head, *(["--dashboard-port=0"] if dashboard else []))
+        self.env["RAY_ADDRESS"] = _first_line(home / "ray_current_cluster", self.nodes[0])
+
+    def add(self) -> None:
+        """Another node; waits until it has joined."""
+        self._start(f"--address={self.env['RAY_ADDRESS']}")
+        code = (
+            "import ray, time; ray.init(log_to_driver=False, configure_logging=False)\n"
+            f"while sum(n['Alive'] for n in ray.nodes()) < {len(self.nodes)}: time.sleep(0.2)"
         )
+        subprocess.run([sys.executable, "-c", code], env=self.env, check=True, timeout=120)
+
+    def lose(self) -> None:
+        """The youngest node dies, with all that runs on it, without a word."""
+        node = self.nodes.pop()
+        for process in [*psutil.Process(node.pid).children(recursive=True), psutil.Process(node.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait()
+
+    def command(self, name: str, *flags: str) -> list[str]:
+        """`python -m jobs.NAME` as a driver of its own."""
+        return [sys.executable, "-m", f"jobs.{name}", *flags]
+
+    def job(self, name: str, *flags: str) -> None:
+        """Runs it to its end."""
+        done = subprocess.run(self.command(name, *flags), env=self.env, check=False, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    def close(self) -> None:
+        """Ends all nodes."""
+        while self.nodes:
+            self.lose()
+        self.stack.close()
+
+    def _start(self, *flags: str) -> Path:
+        home = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="r-")))  # a socket's path is short
+        log = self.stack.enter_context((self.folder / f"node{self.started}.log").open("wb"))
+        common = ["--block", f"--num-cpus={CPUS}", "--object-store-memory=200000000", "--disable-usage-stats"]
+        # A core each, where there are two: so a worker has as many threads as on one node with two workers
+        core = ["taskset", "-c", str(self.started % 2)] if self.pinned and (os.cpu_count() or 1) > 1 else []
+        line = [*core, RAY, "start", *common, f"--temp-dir={home}", *flags]
+        node = subprocess.Popen(line, env=self.env, stdout=log, stderr=log, start_new_session=True)
+        self.nodes.append(node)
+        self.started += 1
+        return home
 
 
 @contextmanager
 def started(folder: Path, root: Path, *, nodes: int, dashboard: bool = False) -> Iterator[Cluster]:
-    """`nodes` raylets with folders and free ports of their own, and a token."""
-    env = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "PYTHONPATH": str(root)}
-    common = ["--block", f"--num-cpus={CPUS}", "--object-store-memory=200000000", "--disable-usage-stats"]
-    port = ["--dashboard-port=0"] if dashboard else []
-    with ExitStack() as stack:
-
-        def start(number: int, *flags: str) -> subprocess.Popen[bytes]:
-            log = stack.enter_context((folder / f"node{number}.log").open("wb"))
-            process = subprocess.Popen(
-                [RAY, "start", *common, *flags], env=env, stdout=log, stderr=log, start_new_session=True
-            )
-            stack.callback(_kill, process)
-            return process
-
-        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="r-")))  # a socket's path is short
-        head = [f"--temp-dir={home}", "--head", "--port=0", f"--include-dashboard={str(dashboard).lower()}", *port]
-        processes = [start(0, *head)]
-        env["RAY_ADDRESS"] = _first_line(home / "ray_current_cluster", processes[0])
-        for number in range(1, nodes):
-            processes.append(start(number, f"--address={env['RAY_ADDRESS']}"))
-        cluster = Cluster(env, processes)
-        _wait_for_nodes(cluster, nodes)
+    """A cluster of so many nodes; it ends with the block."""
+    cluster = Cluster(folder, root, dashboard=dashboard, pinned=nodes > 1)
+    try:
+        for _ in range(1, nodes):
+            cluster.add()
         yield cluster
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(20)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+    finally:
+        cluster.close()
 
 
 def _first_line(path: Path, process: subprocess.Popen[bytes]) -> str:
@@ -79,44 +111,50 @@ def _first_line(path: Path, process: subprocess.Popen[bytes]) -> str:
     return path.read_text().strip()
 
 
-def _wait_for_nodes(cluster: Cluster, nodes: int) -> None:
-    code = (
-        "import ray, time; ray.init(log_to_driver=False, configure_logging=False)\n"
-        f"while sum(n['Alive'] for n in ray.nodes()) < {nodes}: time.sleep(0.2)"
-    )
-    subprocess.run([sys.executable, "-c", code], env=cluster.env, check=True, timeout=120)
+CPUS_OF = {1: 1, 2: 5}  # of a worker, by nodes: two workers of 5 don't fit on one node
 
 
-def stages(cluster: Cluster, samples: Path, out: Path, root: Path) -> None:
-    """Refine, encode, train with two workers, predict."""
-    configs = root / "jobs" / "configs" / "quickstart"
-    cpus = 5 if len(cluster.nodes) > 1 else 1  # two workers of 5 don't fit on one node
+def settings(cluster: Cluster, samples: Path, out: Path, root: Path) -> dict[str, list[str]]:
+    """Refine, encode, train and predict with two workers: each job with its flags, in order."""
+    configs, cpus = root / "jobs" / "configs" / "quickstart", CPUS_OF[len(cluster.nodes)]
     wide = ["--run.workers=2", f"--run.cpus={cpus}", "--run.batch_size=4"]
-    cluster.job("refine", f"--samples={samples}", f"--out={out / 'refined'}", "--max_rounds=2", *wide)
-    cluster.job(
-        "encode",
-        f"--config={configs / 'encode.yaml'}",
-        f"--samples={out / 'refined'}",
-        f"--out={out / 'latents'}",
-        *wide,
-    )
-    cluster.job(
-        "train",
-        f"--config={configs / 'train.yaml'}",
-        f"--latents={out / 'latents'}",
-        f"--out={out / 'train'}",
-        "--max_steps=4",
-        "--batch_size=4",
-        f"--cpus={cpus}",
-        "--tracking.enabled=false",
-    )
-    adapter = f"--adapter={out / 'train' / 'adapter'}"
-    cluster.job("predict", f"--images={samples}", adapter, f"--out={out / 'masks'}", *wide)
+    data, XX, "--batch_size=4", "--checkpoint_every=2"]
+    return {
+        "refine": [f"--samples={samples}", f"--out={out / 'refined'}", "--max_rounds=2", *wide],
+        "encode": [
+            f"--config={configs / 'encode.yaml'}",
+            f"--samples={out / 'refined'}",
+            f"--out={out / 'latents'}",
+            *wide,
+        ],
+        "train": [
+            f"--config={configs / 'train.yaml'}",
+            *(data, f"--out={out / 'train'}", *pace, "--workers=2", f"--cpus={cpus}"),
+            "--tracking.enabled=false",
+        ],
+        "predict": [f"--images={samples}", f"--adapter={out / 'train' / 'adapter'}", f"--out={out / 'masks'}", *wide],
+    }
+
+
+def draw(cluster: Cluster, samples: Path) -> None:
+    cluster.job("prepare", f"--out={samples}", f"--shapes.count={SCENES}", "--shapes.labels=coarse")
+
+
+def adapter(out: Path) -> dict[str, bytes]:
+    return {k: v.tobytes() for k, v in load_file(out / "train" / "adapter" / "adapter_model.safetensors").items()}
 
 
 def table(folder: Path, *columns: str) -> dict[str, list[object]]:
     parts = (pq.read_table(p, columns=["id", *columns]).to_pylist() for p in (folder / "data").glob("*.parquet"))
     return {row["id"]: [row[c] for c in columns] for rows in parts for row in rows}
+
+
+def check_same(one: Path, two: Path) -> None:
+    assert table(one / "refined", "masks", "outcomes") == table(two / "refined", "masks", "outcomes")
+    assert table(one / "latents", "z1", "z0") == table(two / "latents", "z1", "z0")
+    assert adapter(one) == adapter(two)
+    assert table(one / "masks", "masks") == table(two / "masks", "masks")
+    assert len(table(two / "masks")) == SCENES
 
 
 def test_two_nodes_give_what_one_gives(tmp_path: Path, root: Path) -> None:
@@ -125,14 +163,48 @@ def test_two_nodes_give_what_one_gives(tmp_path: Path, root: Path) -> None:
         folder.mkdir()
         with started(folder, root, nodes=nodes) as cluster:
             if nodes == 1:
-                cluster.job("prepare", f"--out={samples}", "--shapes.count=32", "--shapes.labels=coarse")
-            stages(cluster, samples, folder, root)
-    assert table(one / "refined", "masks", "outcomes") == table(two / "refined", "masks", "outcomes")
-    assert table(one / "latents", "z1", "z0") == table(two / "latents", "z1", "z0")
-    ours, theirs = (load_file(f / "train" / "adapter" / "adapter_model.safetensors") for f in (one, two))
-    assert {k: v.tobytes() for k, v in ours.items()} == {k: v.tobytes() for k, v in theirs.items()}
-    assert table(one / "masks", "masks") == table(two / "masks", "masks")
-    assert len(table(two / "masks")) == 32
+                draw(cluster, samples)
+            for name, flags in settings(cluster, samples, folder, root).items():
+                cluster.job(name, *flags)
+    check_same(one, two)
+
+
+def test_a_node_is_lost_again_and_again(tmp_path: Path, root: Path) -> None:
+    """Five times in each of three jobs the second node dies, and another takes its place, as on any cloud."""
+    samples, whole, torn = tmp_path / "samples", tmp_path / "whole", tmp_path / "torn"
+    rng = random.Random(7)
+    with started(tmp_path, root, nodes=2) as cluster:
+        draw(cluster, samples)
+        for name, flags in settings(cluster, samples, whole, root).items():
+            cluster.job(name, *flags)
+        for name, flags in settings(cluster, samples, torn, root).items():
+            if name == "encode":
+                cluster.job(name, *flags)
+                continue
+            out = torn / {"refine": "refined", "train": "train", "predict": "masks"}[name]
+            progress = Committed(out) if name != "train" else partial(_step, out)
+            moments = sorted(rng.sample(range(7), 5)) if name == "train" else sorted(rng.sample(range(SCENES - 12), 5))
+            losses = 0
+            with subprocess.Popen(cluster.command(name, *flags, *SURVIVE[name]), env=cluster.env) as driver:
+                for moment in moments:
+                    while driver.poll() is None and progress() < moment:
+                        time.sleep(0.02)
+                    if driver.poll() is None:
+                        cluster.lose()
+                        losses += 1
+                        cluster.add()
+            assert driver.returncode == 0
+            print(f"{name}: {losses} nodes lost, at {moments}")
+            assert losses >= 2
+    check_same(whole, torn)
+
+
+SURVIVE = {"refine": [], "predict": [], "train": ["--max_failures=10"]}
+
+
+def _step(out: Path) -> int:
+    curve = read_curve(out)
+    return int(curve[-1]["step"]) if curve else 0
 
 
 def test_jobs_are_submitted_with_a_token_and_their_exit_codes_are_true(tmp_path: Path, root: Path) -> None:
