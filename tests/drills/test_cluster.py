@@ -118,7 +118,8 @@ def settings(cluster: Cluster, samples: Path, out: Path, root: Path) -> dict[str
     """Refine, encode, train and predict with two workers: each job with its flags, in order."""
     configs, cpus = root / "jobs" / "configs" / "quickstart", CPUS_OF[len(cluster.nodes)]
     wide = ["--run.workers=2", f"--run.cpus={cpus}", "--run.batch_size=4"]
-    data, XX, "--batch_size=4", "--checkpoint_every=2"]
+    data = f"--latents={out / 'latents'}"
+    pace = ["--max_steps=8", "--batch_size=4", "--checkpoint_every=2", "--log_every=1"]
     return {
         "refine": [f"--samples={samples}", f"--out={out / 'refined'}", "--max_rounds=2", *wide],
         "encode": [
