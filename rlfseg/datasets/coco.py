@@ -170,6 +170,11 @@ def outline_of(row: Tree, where: str, source: Path) -> Outline:
     return outline
 
 
+def _name(row: Tree, n: int) -> str:
+    """An annotation's id for messages, else its place in the file."""
+    return str(row["id"]) if isinstance(row.get("id"), int) else f"[{n}]"
+
+
 def _category(row: Tree, where: str, known: Annotations) -> int:
     key = field(row, "category_id", int, where, known.path)
     if key not in known.categories:
@@ -179,14 +184,20 @@ def _category(row: Tree, where: str, known: Annotations) -> int:
 
 def _instances(known: Annotations) -> dict[int, list[Entry]]:
     """Image id -> an entry a category, an object an annotation."""
-    found: dict[int, dict[int, list[Outline]]] = {}
+    found: dict[int, dict[int, list[tuple[Outline, str]]]] = {}
     for n, row in enumerate(known.rows):
         where = f"annotations[{n}]"
         present = found.setdefault(row["image_id"], {})
-        present.setdefault(_category(row, where, known), []).append(outline_of(row, where, known.path))
+        drawn = outline_of(row, where, known.path), _name(row, n)
+        present.setdefault(_category(row, where, known), []).append(drawn)
     return {
         image: [
-            Entry(caption=name, task=str(key), objects=tuple(present[key]))
+            Entry(
+                caption=name,
+                task=str(key),
+                objects=tuple(outline for outline, _ in present[key]),
+                annotations=tuple(named for _, named in present[key]),
+            )
             for key, name in known.categories.items()
             if key in present
         ]

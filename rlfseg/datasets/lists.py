@@ -96,6 +96,11 @@ def brief(value: Any) -> str:
     return reprlib.repr(value).encode("ascii", "backslashreplace").decode()
 
 
+def storable(text: str) -> str:
+    """A text as Arrow can hold it: lone surrogates as JSON escapes them."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def field(row: dict[str, Any], key: str, kind: type[T], where: str, source: Path) -> T:
     """A value of an object, if it is of the right kind.
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rlfseg.datasets.lists import as_object, field, pictures_folder, read_items, read_json, size_of
+from rlfseg.datasets.lists import as_object, field, pictures_folder, read_items, read_json, size_of, storable
 from rlfseg.datasets.records import Counts, Entry, Plan, Record, tally
 from rlfseg.errors import ConfigError, DataError
 
@@ -79,7 +79,7 @@ def plan(path: Path, images: str | None, splits: Sequence[str]) -> Plan:
             if image not in pictures:
                 raise DataError(f"{source}, task {entry.task}: no picture of the list has id {image}")
             entries.setdefault(image, []).append(entry)
-            rows.append({"id": str(image), "task": str(entry.task), "split": split, **_sorted(structure)})
+            rows.append({"id": str(image), "task": storable(str(entry.task)), "split": split, **_sorted(structure)})
         records += [
             Record(
                 id=str(image),
@@ -128,8 +128,15 @@ def _tasks(source: Path) -> Iterator[tuple[int, Entry, Any]]:
             task=field(task, "task_id", str, where, source),
             # A task without any object is no claim that nothing is there: it is an object without polygons.
             objects=tuple(_flat(polygons) for polygons in objects) or ([],),
+            annotations=_names(task.get("ann_ids"), len(objects)),
         )
         yield field(task, "image_id", int, where, source), entry, task.get("phrase_structure")
+
+
+def _names(ids: Any, count: int) -> tuple[str, ...] | None:
+    """Ids of a task's objects, if it has one for each; they serve messages alone."""
+    fit = isinstance(ids, list) and len(ids) == count > 0 and all(isinstance(key, int) for key in ids)
+    return tuple(map(str, ids)) if fit else None
 
 
 def _sorted(structure: Any) -> dict[str, str]:
@@ -139,7 +146,7 @@ def _sorted(structure: Any) -> dict[str, str]:
     return {
         "structure": json.dumps(structure),
         "kind": "stuff" if STUFF.search(name) else "object",
-        "phrase_type": str(known.get("type", "")),
+        "phrase_type": storable(str(known.get("type", ""))),
     }
 
 

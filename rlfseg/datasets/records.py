@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from rlfseg.hdf5 import Labelled, Sample, check_sample
 from rlfseg.images import Source, load_image, load_labels, load_mask
 
 MAX_BYTES = 1 << 30  # of one sample's arrays: what a reader of HDF5 accepts
+NAMED = 5  # annotations of a phrase that a message names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,7 @@ class Entry:
         task: Its id in the source, or None.
         mask: Path of its mask.
         objects: The outline of each object that it means; none: nothing in the picture, an all-zero mask.
+        annotations: The id of each of them in the source, for messages; None where it has none.
         values: The value of each object in the record's label map.
     """
 
@@ -40,6 +42,7 @@ class Entry:
     task: str | None = None
     mask: str | None = None
     objects: tuple[Outline, ...] | None = None
+    annotations: tuple[str, ...] | None = None
     values: tuple[int, ...] | None = None
 
 
@@ -212,25 +215,48 @@ def _phrase(
         mask = _sized(record, entry.mask, size, load_mask)
         return Labelled(caption=entry.caption, mask=mask, task=entry.task), ""
     if entry.objects is not None:
-        drawn = [_outline(record, entry, outline, size, rule) for outline in entry.objects]
+        drawn = [_outline(record, entry, number, size, rule) for number in range(len(entry.objects))]
     else:
         assert labels is not None  # a record with values has a label map
         drawn = [Drawn((labels == value).view(np.uint8), 0) for value in entry.values or ()]
     objects = [d.mask for d in drawn if d.mask is not None and d.mask.any()]
+    lost = _lost(entry, drawn)
     if drawn and not objects:
-        return None, "no outline that covers a pixel"
+        return None, lost
     instances = np.stack(objects) if objects else np.zeros((0, *size), np.uint8)
     mask = np.bitwise_or.reduce(instances, axis=0)
-    lost = {"objects": len(drawn) - len(objects), "polygons": sum(d.dropped for d in drawn)}
-    phrase = Labelled(caption=entry.caption, mask=mask, instances=instances, task=entry.task)
-    return phrase, ", ".join(f"{number} {what}" for what, number in lost.items() if number)
+    return Labelled(caption=entry.caption, mask=mask, instances=instances, task=entry.task), lost
 
 
-def _outline(record: Record, entry: Entry, outline: Outline, size: tuple[int, int], rule: Rule) -> Drawn:
+def _covers(drawn: Drawn) -> bool:
+    return drawn.mask is not None and bool(drawn.mask.any())
+
+
+def _lost(entry: Entry, drawn: Sequence[Drawn]) -> str:
+    """What of a phrase couldn't be drawn, and the ids of those annotations; empty where all could."""
+    counts = {"objects": sum(not _covers(d) for d in drawn), "polygons": sum(d.dropped for d in drawn)}
+    lost = ", ".join(f"{number} {what}" for what, number in counts.items() if number)
+    if drawn and counts["objects"] == len(drawn):
+        lost = "no outline that covers a pixel"
+    bad = [n for n, d in enumerate(drawn) if d.dropped or not _covers(d)]
+    ids = [known for n in bad if (known := _annotation(entry, n))]
+    return f"{lost} ({', '.join(ids[:NAMED])}{', ...' if ids[NAMED:] else ''})" if ids else lost
+
+
+def _annotation(entry: Entry, number: int) -> str:
+    """An object as its source calls it; empty where that has no name for it."""
+    if entry.annotations is not None:
+        return f"annotation {entry.annotations[number]}"
+    return "" if entry.values is None else f"value {entry.values[number]}"
+
+
+def _outline(record: Record, entry: Entry, number: int, size: tuple[int, int], rule: Rule) -> Drawn:
+    assert entry.objects is not None
     try:
-        return rasterise(outline, size, rule)
+        return rasterise(entry.objects[number], size, rule)
     except DataError as error:
-        reason = f"the phrase {entry.caption!a:.80}, {entry.task or 'no id'}: {error}"
+        named = ", ".join(filter(None, (entry.task or "no id", _annotation(entry, number))))
+        reason = f"the phrase {entry.caption!a:.80}, {named}: {error}"
         raise BadSample(reason, file=record.source, sample=record.id) from error
 
 

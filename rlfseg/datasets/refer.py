@@ -154,28 +154,29 @@ def _phrases(refs: Iterable[Tree], known: Annotations, path: Path) -> Iterator[t
         ref_id = field(ref, "ref_id", int, where, path)
         if image not in known.pictures:
             raise DataError(f"{path}, {where}: no image of {known.path} has id {image}")
-        objects = _objects(ref, outlines, where, path)
+        meant = _meant(ref, outlines, where, path)
+        objects = {"objects": tuple(outlines[key] for key in meant), "annotations": tuple(map(str, meant))}
         entries = []
         for k, sentence in enumerate(field(ref, "sentences", list, where, path)):
             here = f"{where}.sentences[{k}]"
             sent_id = field(as_object(sentence, here, path), "sent_id", int, here, path)
             text = field(sentence, "sent", str, here, path)
-            entries.append(Entry(caption=text, task=f"{ref_id}__{sent_id}", objects=objects))
+            entries.append(Entry(caption=text, task=f"{ref_id}__{sent_id}", **objects))
         room -= sum(1 + len(entry.caption) for entry in entries)
         if room < 0:
             raise DataError(f"{path}, {where}: more text than the file has bytes; it is made to unfold")
         yield image, field(ref, "split", str, where, path), entries
 
 
-def _objects(ref: Tree, outlines: dict[Any, Outline], where: str, path: Path) -> tuple[Outline, ...]:
-    """Outlines of what a ref is about; none where it says that nothing in the picture is meant: `[-1]`, or no id."""
+def _meant(ref: Tree, outlines: dict[int, Outline], where: str, path: Path) -> list[int]:
+    """Ids of what a ref is about; none where it says that nothing in the picture is meant: `[-1]`, or no id."""
     meant = ref.get("ann_id")
     if meant == [-1]:
-        return ()
+        return []
     ids = meant if isinstance(meant, list) else [meant]
     if unknown := [key for key in ids if not isinstance(key, int) or key not in outlines]:
         raise DataError(f"{path}, {where}: instances.json has no annotation {brief(unknown[0])}")
-    return tuple(outlines[key] for key in ids)
+    return ids
 
 
 # --- the pickle ------------------------------------------------------------------------------------------------------

@@ -130,6 +130,35 @@ def test_a_bad_annotation_is_named(root: Path, content: Tree, reason: str) -> No
         sources.survey(settings(write(root, content)))
 
 
+@pytest.mark.fault("raster-01", part="annotation")
+def test_what_cannot_be_drawn_is_named_by_its_annotation(root: Path) -> None:
+    bad = ([], [[]], [[1, 1, 5, 5]])
+    rows = [row(18, id=50 + n, segmentation=s) for n, s in enumerate(bad)] + [
+        row(1, id=7),
+        row(1, id=8, segmentation=[]),
+    ]
+    path = write(root, tree(*rows, row(92, segmentation=[[0, 0]])))
+    (record,) = sources.survey(settings(path)).records
+    sample, skipped, partly = records.load(records.Record.from_json(record.to_json()), "pycocotools")
+    assert [p.caption for p in sample.phrases] == ["t-shirt"]
+    assert skipped == {
+        "1: 18": "no outline that covers a pixel (annotation 50, annotation 51, annotation 52)",
+        "1: 92": "no outline that covers a pixel (annotation 5)",
+    }
+    assert partly == {"1: 1": "1 objects (annotation 8)"}
+
+
+@pytest.mark.fault("raster-04", part="annotation")
+def test_an_rle_that_does_not_add_up_is_named_by_its_annotation(root: Path) -> None:
+    rle = {"size": [8, 10], "counts": [1, 2]}
+    nameless = {"image_id": 1, "category_id": 18, "segmentation": rle}
+    for bad, named in ((row(18, id=77, segmentation=rle), "annotation 77"), (nameless, r"annotation \[1\]")):
+        (record,) = sources.survey(settings(write(root, tree(row(18), bad)))).records
+        reason = rf"val2017\.json \[1\]: the phrase 'dog', 18, {named}: RLE counts \[1, 2\] don't describe a mask"
+        with pytest.raises(BadSample, match=reason):
+            records.load(record, "pycocotools")
+
+
 def test_pictures_elsewhere_must_be_given(root: Path) -> None:
     path = write(root, tree(row()))
     (root / "val2017").rename(root / "photos")

@@ -137,6 +137,25 @@ def test_a_task_without_a_shape_is_named_and_the_others_stay(root: Path, shapele
     assert (list(skipped), partly) == (["3: 3__31", "3: 3__33"], {})
 
 
+def test_objects_are_named_by_their_annotations(root: Path) -> None:
+    write(root, "test", [task(3, "31_32", "hats", [[SQUARE], []]) | {"ann_ids": [31, 32]}])
+    (record,) = sources.survey(settings(root, splits=("test",))).records
+    assert records.load(record, "pil").partly == {"3: 3__31_32": "1 objects (annotation 32)"}
+
+
+def test_lone_surrogates_are_refused_with_their_picture_alone(root: Path) -> None:
+    odd = task(3, "31", "hat", [[SQUARE]]) | {"task_id": "3__\ud800"}
+    typed = task(1, "14", "coat", [[SQUARE]]) | {"phrase_structure": {"name": "\udc80", "type": "\ud801"}}
+    write(root, "test", [odd, typed])
+    survey = sources.survey(settings(root, splits=("test",)))
+    assert survey.phrases is not None
+    assert survey.phrases["task"].to_pylist() == ["3__\\ud800", "1__14"]
+    assert survey.phrases["phrase_type"].to_pylist()[1] == "\\ud801"
+    with pytest.raises(BadSample, match=r"the task '3__\\ud800' isn't Unicode text"):
+        records.load(survey.records[0], "pil")
+    assert len(records.load(survey.records[1], "pil").sample.phrases) == 1
+
+
 @pytest.mark.fault("ingest-01")
 def test_a_list_cut_short_is_told_loudly(root: Path) -> None:
     # PhraseCutDataset/issues/1: a valid list of fewer items.

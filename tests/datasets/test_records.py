@@ -118,7 +118,7 @@ def test_label_maps(picture: Path, tmp_path: Path) -> None:
     sample, skipped, partly = records.load(record(picture, entry, labels=str(tmp_path / "l.png")), "pil")
     assert sample.phrases[0].instances is not None
     assert sample.phrases[0].instances.sum(axis=(1, 2)).tolist() == [3 * W, 2 * W]
-    assert (skipped, partly) == ({}, {"7: 0": "1 objects"})
+    assert (skipped, partly) == ({}, {"7: 0": "1 objects (value 77)"})
     Image.new("L", (W, H - 1)).save(tmp_path / "small.png")
     with pytest.raises(BadSample, match=r"small\.png \[7\]: the mask is 12 x 8 pixels, its picture 12 x 9"):
         records.load(record(picture, entry, labels=str(tmp_path / "small.png")), "pil")

@@ -338,5 +338,5 @@ def test_grefcoco_has_several_objects_or_none(root: Path) -> None:
     assert by_caption["the zebra"].mask.shape == (8, 10)
     assert by_caption["the zebra"].mask.sum() == 0
     assert by_caption["the zebra"].instances is not None
-    assert first.partly == {"7: 4__40": "1 objects, 1 polygons"}
+    assert first.partly == {"7: 4__40": "1 objects, 1 polygons (annotation 72)"}
     assert (first.skipped, second.skipped, second.partly) == ({}, {}, {})
