@@ -228,6 +228,16 @@ def test_jobs_are_submitted_with_a_token_and_their_exit_codes_are_true(tmp_path:
         assert "4 in, 4 out" in good.stdout
         assert json.loads((tmp_path / "samples" / "_SUCCESS.json").read_text())["rows_out"] == 4
 
+        asked = [f"--images={tmp_path / 'samples'}", "--adapter=tiny", "--phrases=[red ring]"]
+        masks = submitted("predict", *asked, f"--out={tmp_path / 'masks'}")  # the weights were uploaded
+        assert masks.returncode == 0, masks.stderr[-2000:]
+        assert len(table(tmp_path / "masks")) == 4
+        line = [RAY, "job", "submit", "--working-dir", str(root), "--", "python", "-m", "jobs.predict", *asked]
+        line.append(f"--out={tmp_path / 'again'}")
+        plain = subprocess.run(line, env=cluster.env, cwd=tmp_path, text=True, capture_output=True, check=False)
+        assert plain.returncode == 0, plain.stderr[-2000:]
+        assert table(tmp_path / "again", "masks") == table(tmp_path / "masks", "masks")
+
         failed = submitted("refine", f"--samples={tmp_path / 'nothing'}", f"--out={tmp_path / 'x'}")
         assert failed.returncode == 1
         assert "no folder" in failed.stdout + failed.stderr

@@ -27,7 +27,7 @@ from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.loop import read_curve
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(3600)]
-STEPS = 14
+STEPS = 14  # into the second epoch
 RNG = random.Random(42)
 MOMENTS = [(RNG.randint(1, STEPS - 2), RNG.random()) for _ in range(5)]
 
@@ -106,7 +106,7 @@ def kill_driver(driver: subprocess.Popen[str]) -> None:
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    drawn = [f"--out={folder / 'samples'}", "--shapes.count=40", "--images_per_shard=20"]
+    drawn = [f"--out={folder / 'samples'}", "--shapes.count=26", "--images_per_shard=13"]
     subprocess.run([sys.executable, "-m", "jobs.prepare", *drawn], cwd=root, check=True)
     base = ["--backbone.base=tiny", "--backbone.resolution=64"]
     encoded = [f"--samples={folder / 'samples'}", f"--out={folder / 'latents'}"]

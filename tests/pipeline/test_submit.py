@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
+from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus
 
 from rlfseg import cli
@@ -35,6 +39,8 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
+    for name in [n for n in os.environ if n.startswith("MLFLOW_")]:
+        monkeypatch.delenv(name)
     played = Server()
     monkeypatch.setattr(submit, "JobSubmissionClient", lambda address: played)
     return played
@@ -80,13 +86,45 @@ def test_what_is_too_large_names_its_biggest_parts(
 
 
 @pytest.mark.fault("job-01")
-def test_data_and_history_stay_at_home(root: Path) -> None:
-    kept_out = (root / ".rayignore").read_text().split() + (root / ".gitignore").read_text().split()
-    assert {".git/", "*.h5", "*.parquet"} <= set(kept_out)
-    assert any(line.strip("/") == "runs" for line in kept_out)
+def test_what_is_uploaded_is_small_and_has_the_weights(root: Path, tmp_path: Path) -> None:
+    """By Ray's own packing, which reads .rayignore and .gitignore."""
+    create_package(str(root), tmp_path / "package.zip", include_gitignore=True)
+    names = ZipFile(tmp_path / "package.zip").namelist()
+    assert (tmp_path / "package.zip").stat().st_size < 40 * 2**20
+    assert {"jobs/train.py", "rlfseg/assets/adapter/adapter_model.safetensors"} <= set(names)
+    assert not [n for n in names if n.startswith((".git/", ".venv/", "runs/", "tests/"))]
 
 
 @pytest.mark.fault("job-04")
 def test_nothing_is_installed_on_the_way(server: Server, root: Path) -> None:
     assert cli.main("submit", ["--working_dir", str(root), "--", "train"]) == 0
     assert server.asked["runtime_env"] == {"working_dir": str(root)}
+
+
+def test_a_job_records_where_its_submitter_would(server: Server, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"MLFLOW_TRACKING_URI": "http://head:5000", "MLFLOW_TRACKING_TOKEN": "abc"}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MLFLOWER", "rose")
+    assert cli.main("submit", ["--working_dir", str(root), "--", "train"]) == 0
+    assert server.asked["runtime_env"]["env_vars"] == settings
+
+
+def test_the_papers_run_wants_a_tracking_server(root: Path, tmp_path: Path) -> None:
+    def run(**variables: str) -> subprocess.CompletedProcess[str]:
+        """The script with a `rlfseg` that says what it is asked."""
+        (tmp_path / "rlfseg").write_text('#!/bin/sh\necho "$@ to $MLFLOW_TRACKING_URI"\n')
+        (tmp_path / "rlfseg").chmod(0o755)
+        env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "STORE": "/store", "DATA": "/data", **variables}
+        return subprocess.run(["bash", root / "jobs" / "paper.sh"], env=env, capture_output=True, text=True, cwd=root)
+
+    done = run()
+    assert done.returncode != 0
+    assert "MLFLOW_TRACKING_URI: an MLflow server" in done.stderr
+    assert done.stdout == ""
+    done = run(MLFLOW_TRACKING_URI="http://head:5000")
+    assert done.returncode == 0, done.stderr
+    asked = [line.removesuffix(" to http://head:5000").split()[2:] for line in done.stdout.splitlines()]
+    assert [a[0] for a in asked] == "prepare prepare prepare refine encode train calibrate evaluate evaluate".split()
+    for command, *flags in asked:  # and each is one that our own parser takes
+        cli.parse(command, flags)
