@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
 import warnings
 from collections.abc import Sequence
@@ -267,6 +268,8 @@ def _overview() -> str:
 
 
 def _show(summary: Any) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal can't show must not end a job that is done
+        sys.stdout.reconfigure(errors="backslashreplace")
     speed = f", {summary.rows_in / summary.seconds:.1f}/s" if summary.seconds else ""
     resumed = f", {summary.resumed} of them done before" if summary.resumed else ""
     where = f" on {summary.where}" if summary.where else ""

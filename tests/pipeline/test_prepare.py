@@ -16,6 +16,7 @@ from rlfseg.config import ShapesConfig
 from rlfseg.datasets import records, sources
 from rlfseg.pipeline.folders import require_finished
 from rlfseg.pipeline.prepare import PHRASES, ShardWriter, drawn
+from rlfseg.pipeline.stages import Summary
 
 SQUARE = [[2, 2], [2, 6], [6, 6], [6, 2]]
 
@@ -168,3 +169,11 @@ def test_drawn_scenes_are_samples() -> None:
     exact, coarse = (drawn(3, ShapesConfig(labels=labels)) for labels in ("exact", "coarse"))  # type: ignore[arg-type]
     assert exact.id == coarse.id == "train-000003"
     assert not all(np.array_equal(a.mask, b.mask) for a, b in zip(exact.phrases, coarse.phrases, strict=True))
+
+
+def test_names_that_no_terminal_can_show_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    refused, notes = {"\ud800.png": "\udcff.png: no such file"}, ("missing: \udcff.png",)
+    cli._show(Summary(name="x", out="y", rows_in=1, rows_out=0, refused=refused, seconds=0, notes=notes))
+    said = capsys.readouterr().out
+    assert r"refused \ud800.png: \udcff.png: no such file" in said
+    assert r"missing: \udcff.png" in said
