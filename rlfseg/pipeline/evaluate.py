@@ -45,6 +45,7 @@ IDENTITY = (
     *("clipseg_side", "present_only", "resamples", "seed"),
 )
 KNOWN = (*PROTOCOLS, "semseg")
+PARTS = ("captions", "tasks", "labels", "instances")  # of a phrase
 COLUMNS = [
     ("id", pa.string()),
     ("status", pa.string()),
@@ -54,6 +55,8 @@ COLUMNS = [
     ("gamma", pa.list_(pa.float32())),
     ("clipped", pa.int32()),  # phrases whose gamma ran into its limit
     ("missing", pa.list_(pa.bool_())),  # phrases without a prediction
+    ("empty", pa.int32()),  # empty phrases, which are left out
+    ("unused", pa.int32()),  # predictions of other phrases
     ("subsets", pa.list_(pa.list_(pa.string()))),  # to which each phrase belongs
     ("n_classes", pa.int32()),  # among which `semseg` chose
 ]
@@ -122,8 +125,9 @@ def _steps(
     if folder is None:
         assert source is not None
         given = MASK_THRESHOLD if config.threshold is None else config.threshold
+        asked = () if config.present_only else classes
         return {
-            "load": LoadTruth(samples, LoadPredicted(source, config.png_values)),
+            "load": LoadTruth(samples, LoadPredicted(source, config.png_values, asked)),
             "work": RowByRow,
             "kwargs": {"function": Measure(config, given, classes)},
         }
@@ -139,8 +143,8 @@ def _steps(
 
 
 def _classes(samples: Samples) -> tuple[str, ...]:
-    """Every phrase of the set, sorted: for `semseg` each is a class."""
-    found = sorted({c for own in samples.rows["captions"].to_pylist() for c in own})
+    """Every phrase of the set but the empty, sorted: for `semseg` each is a class."""
+    found = sorted({c for own in samples.rows["captions"].to_pylist() for c in own if c.strip()})
     if len(found) > MAX_CLASSES:
         raise ConfigError(
             f"protocol: semseg takes every phrase of the set for a class, and {samples.folder} has {len(found)} "
@@ -168,30 +172,31 @@ class LoadTruth:
             row: An index row.
 
         Returns:
-            `id`, `size` (H, W), `captions`, `labels`, `subsets`; and `square` float32 [3, R, R], or `predicted`.
+            `id`, `size` (H, W), `captions`, `labels` and `subsets` of its phrases but the `empty`, of which the number;
+            and `square` float32 [3, R, R], or what `LoadPredicted` gives.
 
         Raises:
-            BadSample: It is damaged, or a phrase is empty.
+            BadSample: It, or a prediction, is damaged.
         """
         loaded = self.load(row)
         image: NDArray[np.uint8] = loaded["image"]
         size = (image.shape[0], image.shape[1])
-        counts = [None if i is None else len(i) for i in loaded["instances"]]
-        own = [[f"{a}_{row[a][n]}" for a in self.attributes] for n in range(len(counts))]
+        asked = [n for n, caption in enumerate(loaded["captions"]) if caption.strip()]  # an empty phrase asks nothing
+        captions, tasks, labels, instances = ([loaded[k][n] for n in asked] for k in PARTS)
+        counts = [None if i is None else len(i) for i in instances]
+        own = [[f"{a}_{row[a][n]}" for a in self.attributes] for n in asked]
         truth = {
             "id": row["id"],
             "size": size,
-            "captions": loaded["captions"],
-            "labels": loaded["labels"],
+            "captions": captions,
+            "labels": labels,
+            "empty": len(loaded["captions"]) - len(asked),
             "subsets": [
-                [*report.subsets_of(mask, n), *more]
-                for mask, n, more in zip(loaded["labels"], counts, own, strict=True)
+                [*report.subsets_of(mask, n), *more] for mask, n, more in zip(labels, counts, own, strict=True)
             ],
         }
         if isinstance(self.source, LoadPredicted):
-            return truth | {"predicted": self.source(row, size)}
-        for caption in loaded["captions"]:
-            checked_phrase(caption)
+            return truth | self.source(row, size, captions, tasks)
         return truth | {"square": images.image_to_tensor(image, self.source).numpy()}
 
 
@@ -235,7 +240,7 @@ class Scorer:
     def _with_absent(self, row: Row, z1: Tensor) -> Row:
         """Asks for the classes that the picture doesn't show; keeps of each pixel the best alone."""
         best, most = Argmax(row["size"]), self.segmenter.max_batch
-        absent = [(n, c.strip()) for n, c in enumerate(self.classes) if c not in row["captions"] and c.strip()]
+        absent = [(n, c.strip()) for n, c in enumerate(self.classes) if c not in row["captions"]]
         try:
             for part in (absent[start : start + most] for start in range(0, len(absent), most)):
                 squares = self.segmenter.squares(z1, [[c for _, c in part]], sampling=self.config.sampling)[0]
@@ -274,7 +279,7 @@ class Measure:
         squares = [s.at(row["size"], self.threshold) for s in row.get("squares", ())]
         if any(s.failed for s in squares):
             raise BadSample("the network gave NaN", file="evaluate", sample=row["id"])
-        scores = [s.score for s in squares] if "squares" in row else _matched(row)
+        scores = [s.score for s in squares] if "squares" in row else row["scores"]
         try:
             done = self._measured(row, scores)
         except DataError as error:
@@ -295,6 +300,8 @@ class Measure:
             "iou": [metrics.iou(mask, truth) for mask, truth in zip(masks, row["labels"], strict=True)],
             "missing": [s is None for s in scores],
             "subsets": row["subsets"],
+            "empty": row["empty"],
+            "unused": row.get("unused", 0),
         }
         for protocol in self.config.protocols:
             measure = partial(metrics.measure, protocol, clipseg_side=self.config.clipseg_side)
@@ -314,21 +321,11 @@ class Measure:
         for label, score in zip(own, scores, strict=True):
             best.add(score, label)
         asked = len(self.labels) if "absent" in row else len(set(own))
-        if not self.config.present_only:
-            for caption, given in row.get("predicted", ()):
-                if given is not None and caption in self.labels and caption not in row["captions"]:
-                    best.add(given, self.labels[caption])
-                    asked += 1
+        for caption, given in row.get("others", ()):
+            best.add(given, self.labels[caption])
+            asked += 1
         truth = metrics.true_labels(row["labels"], own, row["size"])
         return {"semseg": SemSeg.of(best.labels, truth, len(self.labels)).vector(), "n_classes": asked}
-
-
-def _matched(row: Row) -> list[Score | None]:
-    """Predictions in the order of the true captions; None where there is none. A caption that comes twice: in order."""
-    waiting: dict[str, list[Score | None]] = {}
-    for caption, score in row["predicted"]:
-        waiting.setdefault(caption, []).append(score)
-    return [waiting[c].pop(0) if waiting.get(c) else None for c in row["captions"]]
 
 
 def _record(

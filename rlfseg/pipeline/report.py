@@ -119,7 +119,7 @@ def write(config: EvaluateConfig, out: Path, classes: tuple[str, ...], unused: i
     Raises:
         DataError: Nothing could be measured.
     """
-    seen = list(good_rows(out, ["id", "iou", "missing", "clipped", "n_classes"]))
+    seen = list(good_rows(out, ["id", "iou", "missing", "clipped", "n_classes", "empty", "unused"]))
     ranked = sorted((sum(row["iou"]) / len(row["iou"]), row["id"]) for row in seen if row["iou"])
     draws = metrics.draw_images(len(ranked), config.resamples, config.seed) if config.resamples and ranked else None
     # By id, not as they lie in the files: a job that went on, or had more workers, gives the same intervals
@@ -171,11 +171,12 @@ def _denominator(config: EvaluateConfig, counts: Row, seen: list[Row], unused: i
         "n_skipped": len(counts["refused"]) + len(refused),
         "skipped_in_prepare": dict(Counter(refused.values())),
         "skipped_here": dict(Counter(counts["refused"].values())),
+        "n_empty_phrases": sum(row["empty"] for row in seen),
         "n_phrases_skipped": len(phrases),
         "phrases_skipped_in_prepare": dict(Counter(phrases.values())),
         "n_phrases_drawn_partly": len(partly),
         "n_missing_predictions": sum(sum(row["missing"]) for row in seen),
-        "n_unused_predictions": unused,
+        "n_unused_predictions": unused + sum(row["unused"] for row in seen),
     }
     if "semseg" in config.protocols:
         note["semseg_classes_an_image"] = float(np.mean([row["n_classes"] for row in seen]))

@@ -69,7 +69,7 @@ def open_samples(path: str | Path) -> Samples:
 
 
 class LoadSample:
-    """Index row -> the same row with `image`, `captions`, `labels` and `instances` as arrays.
+    """Index row -> the same row with `image`, `captions`, `tasks`, `labels` and `instances`.
 
     Args:
         folder: Folder of the shards.
@@ -94,6 +94,7 @@ class LoadSample:
         return row | {
             "image": sample.image,
             "captions": [p.caption for p in sample.phrases],
+            "tasks": [p.task for p in sample.phrases],
             "labels": [p.mask for p in sample.phrases],
             "instances": [p.instances for p in sample.phrases],
         }

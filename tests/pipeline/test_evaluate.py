@@ -44,8 +44,9 @@ def made(seed: int, n: int = 9) -> list[Row]:
         captions = [c for k, c in enumerate(CLASSES) if (owner == k).any() and (i + k) % 4]
         labels = [(owner == CLASSES.index(c)).astype(np.uint8) for c in captions]
         scores = {c: np.clip(0.6 * (owner == k) + 0.5 * rng.random(size), 0, 1) for k, c in enumerate(CLASSES)}
-        predicted = [(c, s.astype(np.float32)) for c, s in scores.items() if (i, c) != (2, captions[:1])]
-        lost = captions[0] if captions and i % 3 == 2 else None
+        predicted = {c: s.astype(np.float32) for c, s in scores.items()}
+        if captions and i % 3 == 2:
+            del predicted[captions[0]]
         rows.append(
             {
                 "id": f"i{i}",
@@ -53,7 +54,9 @@ def made(seed: int, n: int = 9) -> list[Row]:
                 "captions": captions,
                 "labels": labels,
                 "subsets": [report.subsets_of(m, k % 7) for k, m in enumerate(labels)],
-                "predicted": [(c, None if c == lost else s) for c, s in predicted],
+                "empty": 0,
+                "scores": [predicted.get(c) for c in captions],
+                "others": [(c, s) for c, s in predicted.items() if c not in captions],
             }
         )
     return rows
@@ -72,7 +75,7 @@ def written(rows: list[Row], out: Path, settings: EvaluateConfig, files: int = 3
 
 
 def given(row: Row, caption: str) -> NDArray[np.float32] | None:
-    return next((s for c, s in row["predicted"] if c == caption), None)
+    return dict([*zip(row["captions"], row["scores"], strict=True), *row["others"]]).get(caption)
 
 
 # --- without Ray --------------------------------------------------------------------------------------------------
@@ -179,22 +182,9 @@ def test_intervals_are_of_whole_images(tmp_path: Path) -> None:
     assert got["intervals"]["phrasecut"]["miou"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=1e-9)
 
 
-def test_a_phrase_that_comes_twice_is_matched_in_order() -> None:
-    row = made(8, 1)[0]
-    masks = [np.zeros(row["size"], np.uint8) for _ in range(3)]
-    for n, mask in enumerate(masks):
-        mask[n] = 1
-    scores = [m.astype(np.float32) for m in masks]
-    row |= {"captions": ["dog", "cat", "dog", "dog"], "labels": [masks[0], masks[1], masks[2], masks[0]]}
-    row |= {"subsets": [[]] * 4, "predicted": [("dog", scores[0]), ("dog", scores[2]), ("cat", scores[1])]}
-    done = Measure(config(protocol="rlfseg"), 0.5)(row)
-    assert done["iou"] == [1, 1, 1, 0]
-    assert done["missing"] == [False, False, False, True]
-
-
 def test_an_image_without_phrases_is_counted_and_breaks_nothing(tmp_path: Path) -> None:
     rows = made(3)
-    rows[0] |= {"captions": [], "labels": [], "subsets": []}
+    rows[0] |= {"captions": [], "labels": [], "subsets": [], "scores": []}
     got = written(rows, tmp_path, config())
     assert got["n_images"] == got["denominator"]["n_images"] == sum(bool(r["captions"]) for r in rows) < 9
     assert got["denominator"]["n_images_without_phrases"] == 9 - got["n_images"]
@@ -202,7 +192,7 @@ def test_an_image_without_phrases_is_counted_and_breaks_nothing(tmp_path: Path) 
 
 def test_a_bad_score_refuses_its_image_alone(tmp_path: Path) -> None:
     rows = made(4)
-    rows[1]["predicted"][0][1][0, 0] = 7
+    rows[1]["scores"][0][0, 0] = 7
     done = RowByRow(Measure(config(), 0.5, CLASSES))(rows)
     assert [r["status"] != "ok" for r in done] == [i == 1 for i in range(9)]
     assert "1 of" in done[1]["status"]
@@ -256,7 +246,7 @@ def asked(n: int) -> list[Row]:
     rows = made(6, n)
     for i, row in enumerate(rows):
         row["square"] = np.full((3, 8, 8), (i + 1) / 100, np.float32)
-        del row["predicted"]
+        del row["scores"], row["others"]
     return rows
 
 
@@ -428,7 +418,7 @@ def test_phrases_that_prepare_left_out_are_in_the_note_of_refined_samples_too(tm
         begin(folder, identity)
         finish(folder, identity, told)
     config = EvaluateConfig(samples=str(refined), predictions="x", out="y")
-    seen = [{"iou": [0.5, 0.7], "missing": [False, True], "clipped": 0}]
+    seen = [{"iou": [0.5, 0.7], "missing": [False, True], "clipped": 0, "empty": 1, "unused": 2}]
     note = report._denominator(config, {"refused": {"7": "NaN"}}, seen, 0)
     assert (note["n_skipped"], note["skipped_here"]) == (3, {"NaN": 1})
     assert note["skipped_in_prepare"] == {"no picture": 1, "too large": 1}
