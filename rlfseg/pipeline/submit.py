@@ -24,7 +24,7 @@ STOPPED = 143  # what a shell says of a process that was asked to end
 
 
 def run(config: SubmitConfig) -> None:
-    """Uploads the working directory, starts the job, prints what it prints.
+    """Uploads the working directory, starts the job with this shell's MLFLOW_* settings, prints what it prints.
 
     Args:
         config: Settings of the command.
@@ -45,7 +45,7 @@ def run(config: SubmitConfig) -> None:
         job = once_taken(
             lambda: client.submit_job(
                 entrypoint=shlex.join(["python", "-m", f"jobs.{name}", *flags]),
-                runtime_env={"working_dir": str(folder)},
+                runtime_env={"working_dir": str(folder)} | _tracking(),
                 entrypoint_num_cpus=config.cpus,
             )
         )
@@ -55,6 +55,12 @@ def run(config: SubmitConfig) -> None:
     if config.wait:
         asyncio.run(_watch(client, job))
         _judge(job, client.get_job_info(job))
+
+
+def _tracking() -> dict[str, dict[str, str]]:
+    """Where MLflow is, and as whom to speak to it: without, a job records into its own copy of the directory."""
+    variables = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    return {"env_vars": variables} if variables else {}
 
 
 def once_taken(submit: Callable[[], str]) -> str:
