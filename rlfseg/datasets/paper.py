@@ -1,16 +1,18 @@
 """HDF5 files in the paper's own form (A.3.2), by its authors or by us: read with suspicion, written anew.
 
-What they hold comes through as it is: captions, masks, and objects, tasks and COCO ids where the file has them.
+What they hold comes through as it is: captions, masks, and objects, tasks and COCO ids where a file has them, and what
+it says of its source, its rasteriser and its texts. Of a file that crashed or hung its reader nothing is taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlfseg.datasets.raster import Rule
 from rlfseg.datasets.records import Counts, Loaded, Plan, Record
 from rlfseg.errors import BadSample, DataError
-from rlfseg.hdf5 import list_shards, preflight, read_sample
+from rlfseg.hdf5 import Seen, list_shards, preflight, read_sample
 
 
 def plan(path: Path) -> Plan:
@@ -28,24 +30,34 @@ def plan(path: Path) -> Plan:
     files = list_shards(path) if path.is_dir() else [path]
     if not files:
         raise DataError(f"{path}: no HDF5 files there")
-    records, bad, phrases = [], {}, 0
-    for seen in preflight(files):
-        if isinstance(seen, BadSample):
-            bad[seen.sample or seen.file] = str(seen)
-            continue
-        phrases += len(seen.captions)
-        records.append(
-            Record(
-                id=seen.id,
-                image=seen.file,
-                size=seen.size,
-                split="",
-                phrases=(),
-                source=seen.file,
-                coco_id=seen.coco_id,
-            )
-        )
-    return Plan(name="HDF5", records=records, found={"": Counts(len(records), phrases)}, bad=bad)
+    found = list(preflight(files))
+    dead = {f.file: str(f) for f in found if isinstance(f, BadSample) and f.sample is None}  # not to be opened here
+    bad = {_name(f): dead.get(f.file, str(f)) for f in found if isinstance(f, BadSample) or f.file in dead}
+    good = [f for f in found if isinstance(f, Seen) and f.file not in dead]
+    records = [
+        Record(id=f.id, image=f.file, size=f.size, split="", phrases=(), source=f.file, coco_id=f.coco_id) for f in good
+    ]
+    return Plan(
+        name="HDF5",
+        records=records,
+        found={"": Counts(len(good), sum(len(f.captions) for f in good))},
+        bad=bad,
+        attributes=_told(good),
+    )
+
+
+def _name(found: Seen | BadSample) -> str:
+    sample = found.id if isinstance(found, Seen) else found.sample
+    return found.file if sample is None else f"{found.file} [{sample}]"
+
+
+def _told(found: Sequence[Seen]) -> dict[str, str]:
+    """What the files say of themselves; where they differ, all of it."""
+    told: dict[str, set[str]] = {}
+    for one in found:
+        for key, text in one.attributes.items():
+            told.setdefault(key, set()).add(text)
+    return {key: "; ".join(sorted(texts)) for key, texts in told.items()}
 
 
 def load(record: Record, rule: Rule) -> Loaded:

@@ -18,18 +18,19 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from rlfseg.errors import BadSample, ResourceError
-from rlfseg.hdf5.reading import AnyPath, Reader, iter_ids
+from rlfseg.hdf5.reading import AnyPath, Reader, iter_ids, root_texts
 from rlfseg.hdf5.samples import Sample, quoted
 
 SECONDS = 60.0  # to list a file's samples, and to read each of them
 MEMORY = 2 << 30  # bytes of address space beyond what Python itself takes; a sample has at most 1 GiB
+TOLD = ("source", "rasteriser", "text")  # facts about a whole file, as `prepare` stores them
 CHILD = "from rlfseg.hdf5.child import main; main()"
 
 
@@ -45,6 +46,7 @@ class Seen:
         areas: Pixels in the mask of each caption.
         instances: Objects of each caption; None where the file doesn't tell.
         coco_id: Its id in COCO, where the file tells.
+        attributes: Those of its file's that `TOLD` names.
     """
 
     file: str
@@ -54,6 +56,7 @@ class Seen:
     areas: tuple[int, ...]
     instances: tuple[int | None, ...]
     coco_id: str | None
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 def preflight(
@@ -128,7 +131,8 @@ def _cause(code: int, last: str, seconds: float) -> str:
 def _seen(file: str, sample_id: str, facts: dict[str, Any]) -> Seen:
     of_phrases = {k: tuple(facts[k]) for k in ("captions", "areas", "instances")}
     height, width = facts["size"]
-    return Seen(file=file, id=sample_id, size=(height, width), coco_id=facts["coco_id"], **of_phrases)
+    told = {k: facts[k] for k in ("coco_id", "attributes")}
+    return Seen(file=file, id=sample_id, size=(height, width), **told, **of_phrases)
 
 
 # --- in the child ----------------------------------------------------------------------------------------------------
@@ -147,7 +151,7 @@ def _read(path: Path, seconds: float, memory: int) -> Iterator[dict[str, Any]]:
     yield {"sample": None}
     try:
         with _time(seconds):
-            ids = list(iter_ids(path))
+            ids, attributes = list(iter_ids(path)), root_texts(path, TOLD)
     except (BadSample, MemoryError) as error:
         yield {"sample": None, "bad": _reason(error, memory)}
         return
@@ -160,14 +164,17 @@ def _read(path: Path, seconds: float, memory: int) -> Iterator[dict[str, Any]]:
         except (BadSample, MemoryError) as error:
             yield {"sample": sample_id, "bad": _reason(error, memory)}
         else:
-            twice = {"bad": "this id is in the file twice"} if sample_id in before else {"seen": _facts(sample)}
+            twice = (
+                {"bad": "this id is in the file twice"} if sample_id in before else {"seen": _facts(sample, attributes)}
+            )
             yield {"sample": sample_id, **twice}
         before.add(sample_id)
     reader.close()
 
 
-def _facts(sample: Sample) -> dict[str, Any]:
+def _facts(sample: Sample, attributes: dict[str, str]) -> dict[str, Any]:
     return {
+        "attributes": attributes,
         "size": sample.image.shape[:2],
         "captions": [p.caption for p in sample.phrases],
         "areas": [int(p.mask.sum()) for p in sample.phrases],

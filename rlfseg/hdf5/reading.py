@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -81,6 +81,14 @@ def read_captions(path: AnyPath, sample_id: str) -> tuple[str, ...]:
     """The captions of one sample, in order, without reading pixels; raises as `read_sample`."""
     with opened(path) as file:
         return _captions(file, sample_id, Place(str(path), sample_id))
+
+
+def root_texts(path: AnyPath, keys: Iterable[str]) -> dict[str, str]:
+    """Those of the text attributes at a file's root that it has, as `write_shard` stores them; raises as `iter_ids`."""
+    place = Place(str(path))
+    with opened(path) as file, place.reading():
+        texts = {key: stored_text(file["/"], key) for key in keys}
+    return {key: text for key, text in texts.items() if text is not None}
 
 
 class Reader:

@@ -38,6 +38,9 @@ def run(config: InspectConfig) -> Summary:
     counts = {"files": len(files), **contents.as_dict()}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "contents.json", counts)
+    # What crashed the process that read it isn't opened in this one.
+    dead = {problem.file for problem in contents.problems if problem.sample is None}
+    good = [found for found in good if found.file not in dead]
     step = max(1, -(-len(good) // max(1, config.pictures)))
     if shown := [_sample(found) for found in good[::step][: config.pictures]]:
         draw.save(out / "contact_sheet.png", contact_sheet(shown))

@@ -12,7 +12,8 @@ from rlfseg import hdf5
 from rlfseg.config import PrepareConfig
 from rlfseg.datasets import sources
 from rlfseg.errors import DataError
-from rlfseg.hdf5 import Labelled, Sample
+from rlfseg.hdf5 import Labelled, Sample, child
+from tests.test_preflight import child_that
 
 IMAGE = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
 MASK = np.eye(4, 5, dtype=np.uint8)
@@ -53,6 +54,32 @@ def test_a_damaged_file_is_named(files: Path) -> None:
     survey = sources.survey(settings(files, "skip"))
     assert list(survey.refused) == [str(files / "half.h5")]
     assert len(survey.records) == 2
+
+
+def test_what_files_say_of_themselves_is_kept(files: Path) -> None:
+    """And numbers, other attributes and those that are no text are not taken for it."""
+    assert sources.survey(settings(files)).attributes == {"source": "HDF5"}
+    told = {"source": "PhraseCut", "rasteriser": "pil", "text": "sent"}
+    for name, rule in (("ours.hdf5", "pil"), ("theirs.h5", "pycocotools")):
+        with h5py.File(files / name, "a") as file:
+            file.attrs.update({**told, "rasteriser": rule, "more": "x"})
+    assert sources.survey(settings(files / "ours.hdf5")).attributes == told
+    assert sources.survey(settings(files)).attributes == told | {"rasteriser": "pil; pycocotools"}
+    with h5py.File(files / "ours.hdf5", "a") as file:
+        file.attrs.update({"source": 7, "rasteriser": ["pil", "pil"]})
+    assert sources.survey(settings(files / "ours.hdf5")).attributes == {"source": "HDF5", "text": "sent"}
+
+
+def test_nothing_is_taken_from_a_file_that_crashed_its_reader(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first sample could be read; who opens it again may crash."""
+    images = [Sample(id=i, image=IMAGE, phrases=()) for i in ("0", "poison", "z")]
+    hdf5.write_shard(files / "bad.h5", images)
+    monkeypatch.setattr(child, "CHILD", child_that("os.abort()"))
+    survey = sources.survey(settings(files, "skip"))
+    assert sorted(r.id for r in survey.records) == ["2328797", "a/b"]
+    bad = files / "bad.h5"
+    assert sorted(survey.refused) == [str(bad), f"{bad} [0]"]
+    assert all(f"{bad}: reading its sample 'poison' crashed (SIGABRT)" in why for why in survey.refused.values())
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,6 +25,7 @@ from rlfseg.errors import DataError
 from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.verify import verified
+from tests.test_preflight import child_that
 
 
 def scene(n: int, *, coco_id: str | None = None, split: str = "train") -> Sample:
@@ -128,6 +130,20 @@ def test_inspect_takes_files_that_are_no_hdf5(tmp_path: Path, capsys: pytest.Cap
     assert not (tmp_path / "out" / "contact_sheet.png").exists()
     code, said = run(capsys, "inspect", tmp_path / "out", "--out", tmp_path / "out")
     assert (code, "holds no HDF5 file" in said) == (2, True)
+
+
+def test_inspect_does_not_open_what_crashed_its_reader(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, ids in (("bad.h5", "0 poison"), ("good.h5", "2")):
+        hdf5.write_shard(tmp_path / name, [replace(scene(n), id=i) for n, i in enumerate(ids.split())])
+    monkeypatch.setattr(hdf5.child, "CHILD", child_that("os.abort()"))
+    opened = list[str]()
+    read = hdf5.read_sample
+    monkeypatch.setattr(hdf5, "read_sample", lambda file, i: opened.append(Path(file).name) or read(file, i))
+    code, said = run(capsys, "inspect", tmp_path / "bad.h5", tmp_path / "good.h5", "--out", tmp_path / "out")
+    assert (code, "bad.h5: reading its sample 'poison' crashed (SIGABRT)" in said) == (3, True), said
+    assert opened == ["good.h5"]
 
 
 # --- verify ----------------------------------------------------------------------------------------------------------
