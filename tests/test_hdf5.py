@@ -406,6 +406,21 @@ def _short(group: h5py.Group, _: Path) -> None:
     mask.id.write_direct_chunk((0, 0), zlib.compress(bytes(34)))
 
 
+def _declared(group: h5py.Group, name: str, shape: tuple[int, ...], stored: int) -> None:
+    """One chunk of `shape` that takes `stored` bytes; whether they unpack isn't looked at before it is read."""
+    data = replace(group, name, shape, "u1", chunks=shape, compression="gzip")
+    data.id.write_direct_chunk((0,) * len(shape), bytes(stored))
+
+
+def _many_large_masks(group: h5py.Group, _: Path) -> None:
+    """243 MB of picture and eleven masks of 81 MB: each is allowed, 1,134 MB are not."""
+    _declared(group, "image", (9000, 9000, 3), 240_000)
+    for n in range(11):
+        group[f"mask/{n}"] = 0
+        _declared(group, f"mask/{n}", (9000, 9000), 80_000)
+    del group["mask/dog"]
+
+
 def _image_group(group: h5py.Group, _: Path) -> None:
     del group["image"]
     group.create_group("image")
@@ -444,6 +459,15 @@ REFUSED: dict[str, tuple[Hostile, str]] = {
         _data("mask/dog", (5, 7), "u1", chunks=(1 << 15, 1 << 15), maxshape=(None, None)),
         "in chunks of 1,073,741,824; the limit is",
     ),
+    "packed too well": (
+        lambda group, _: _declared(group, "mask/dog", (1000, 1101), 1000),
+        "the mask of 'dog' unpacks 1,000 bytes into 1,101,000; more than 1100 times is refused",
+    ),
+    "packed too badly": (
+        lambda group, _: _declared(group, "mask/dog", (5, 7), (1 << 20) + 40),
+        "the mask of 'dog' claims that its 35 bytes are packed into 1,048,616",
+    ),
+    "large in all": (_many_large_masks, "declares 1,134,000,000 bytes in all; the limit is 1,073,741,824"),
     "never written": (_data("image", (5, 7, 3), "u1"), "the image was never written"),
     "half written": (_one_chunk_of_two, "the mask of 'dog' is unfinished: 1 of its 2 chunks"),
     "no image": (lambda group, _: group.__delitem__("image"), "the image is not a data set"),
@@ -465,6 +489,16 @@ def test_a_hostile_sample_is_refused_by_name(tmp_path: Path, case: str) -> None:
         hdf5.read_sample(path, "1")
     assert (caught.value.file, caught.value.sample) == (str(path), "1")
     assert hdf5.read_captions(path, "2") == ("cat",)
+
+
+def test_just_within_the_limits_of_packing_is_read_on(tmp_path: Path) -> None:
+    """These are refused for their pixels, not for what they declare."""
+    for shape, stored in (((1000, 1100), 1000), ((5, 7), (1 << 20) + 39)):
+        hdf5.write_shard(tmp_path / "a.h5", [sample("dog", id="1")])
+        with h5py.File(tmp_path / "a.h5", "a") as file:
+            _declared(file["1"], "mask/dog", shape, stored)
+        with pytest.raises(BadSample, match=r"damaged|must be \[5, 7\] like the image"):
+            hdf5.read_sample(tmp_path / "a.h5", "1")
 
 
 def test_links_between_samples_are_refused(tmp_path: Path) -> None:
