@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,10 +12,13 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from rlfseg import images
-from rlfseg.errors import BadSample
+from rlfseg.errors import BadSample, DataError
 
 if TYPE_CHECKING:
+    import pandas as pd
     from torch import Tensor  # drivers check phrases, and need no torch for that
+
+NESTED = {"captions": "caption", "masks": "mask", "scores": "score", "areas": "area", "outcomes": "outcome"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,3 +109,27 @@ def checked_phrase(phrase: str) -> str:
     if not phrase.strip():
         raise BadSample(f"the phrase {phrase!r} is empty; say what to look for", file="phrases")
     return phrase.strip()
+
+
+def unnest(folder: str | os.PathLike[str]) -> pd.DataFrame:
+    """What `rlfseg predict` found, as a table with a row a phrase; `images.rle_decode(mask, (height, width))` decodes.
+
+    Args:
+        folder: The `out` of `predict`.
+
+    Returns:
+        Columns `id`, `height`, `width`, `caption`, `mask` (COCO RLE; None where the phrase failed), `score`, `area`
+        and `outcome`. Pictures that were refused have no row.
+
+    Raises:
+        DataError: There are no predictions.
+    """
+    import pandas as pd
+
+    parts = sorted(Path(folder, "data").glob("*.parquet"))
+    if not parts:
+        raise DataError(f"{folder} holds no predictions; give the `out` of `rlfseg predict`")
+    rows = pd.concat([pd.read_parquet(part) for part in parts])
+    rows = rows[(rows["status"] == "ok") & (rows["captions"].str.len() > 0)]
+    phrases = rows.explode(list(NESTED), ignore_index=True).rename(columns=NESTED)
+    return phrases[["id", "height", "width", *NESTED.values()]]
