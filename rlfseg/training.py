@@ -200,11 +200,20 @@ class TrainState:
             state = torch.load(folder / STATE, map_location=self.backbone.device, weights_only=True)
             self.backbone.load_weights(folder)
             self.optimizer.load_state_dict(state["optimizer"])
+            self._lay_out_moments()
         except ModelError:
             raise
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, UnpicklingError) as error:
             raise ModelError(f"checkpoint {folder} can't be read: {error}") from error
         self.step_number, self.epoch, self.bad_steps = (progress[k] for k in ("step", "epoch", "bad_steps"))
+
+    def _lay_out_moments(self) -> None:
+        """Puts each moment into its weight's order in memory, which `speed.channels_last` may have changed.
+
+        Fused AdamW pairs the two by position in memory, whatever their strides say.
+        """
+        for weight, state in self.optimizer.state.items():
+            state |= {k: torch.empty_like(weight).copy_(m) for k, m in state.items() if m.shape == weight.shape}
 
 
 def binding(config: dict[str, Any]) -> dict[str, Any]:

@@ -452,6 +452,23 @@ def test_resuming_is_exact_to_the_bit(batches: list[Batch], tmp_path: Path, lora
         torch.testing.assert_close(loaded.velocity(z, t, text), first.backbone.velocity(z, t, text), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_resuming_with_another_order_in_memory_goes_on_as_before(
+    batches: list[Batch], tmp_path: Path, before: bool
+) -> None:
+    first = make(speed=SpeedConfig(channels_last=before))
+    for batch in batches[:2]:  # in the first step LoRA's A has no gradient
+        first.step(batch)
+    first.save(tmp_path, CARD)
+    resumed = make(speed=SpeedConfig(channels_last=not before))
+    assert resumed.optimizer.defaults["fused"]
+    resumed.load(tmp_path)
+    for state in (first, resumed):
+        state.step(batches[2])
+    for a, b in zip(first.weights, resumed.weights, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # the learning rate is 2e-3
+
+
 @pytest.mark.parametrize("name", [STATE, PROGRESS, "adapter_model.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "truncated", "garbage"])
 def test_damaged_checkpoints_are_refused_by_name(saved: Path, fresh: TrainState, name: str, damage: str) -> None:
