@@ -38,6 +38,7 @@ def main(out: Path, seconds: int) -> None:
         table.add_row(what, *(f"{r[k]:.3f}" for k in ("miou", "oiou", "p@0.9", "ap_pooled", "boundary_iou")))
     Console(width=110).print(table)
     print(f"""
+First       source .venv/bin/activate
 Look at     {out}/test-one-step/best.png and worst.png, {out}/masks/overlays/, {out}/train-1/curves.png
 Compare     mlflow ui --backend-store-uri sqlite:///{Path("runs/mlflow.db").absolute()}
 In Python   from rlfseg import Segmenter; Segmenter.load("{out}/train-1/adapter")("picture.png", ["red ring"])
