@@ -74,6 +74,11 @@ class Record:
         """One line of JSON."""
         return json.dumps({**vars(self), "phrases": [_given(entry) for entry in self.phrases]}, separators=(",", ":"))
 
+    def files(self) -> list[str]:
+        """Paths of everything that is decoded for it."""
+        masks = [entry.mask for entry in self.phrases if entry.mask is not None]
+        return [self.image, *masks] if self.labels is None else [self.image, self.labels, *masks]
+
     @classmethod
     def from_json(cls, text: str) -> Record:
         """What `to_json` gave."""

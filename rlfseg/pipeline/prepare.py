@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from hashlib import sha256
@@ -17,7 +19,7 @@ from rlfseg.config import PrepareConfig, ShapesConfig, WorkersConfig, as_dict
 from rlfseg.datasets import shapes, sources
 from rlfseg.datasets.raster import Rule
 from rlfseg.datasets.records import Loaded, Record
-from rlfseg.errors import BadSample
+from rlfseg.errors import BadSample, DataError
 from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.pipeline.folders import require_finished
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
@@ -27,6 +29,7 @@ NOTES = ("refused", "skipped", "partly")  # JSON: image -> why it isn't there; p
 SCHEMA = pa.schema(
     [("id", pa.string()), ("status", pa.string()), ("images", pa.int64()), *((name, pa.string()) for name in NOTES)]
 )
+DEATHS = 2  # on one item before that is refused; a shard, as `Attempts` has it, bears one more
 PHRASES = "phrases.parquet"  # what a source tells of its phrases beyond their masks: id, task, ...
 
 
@@ -37,6 +40,7 @@ class Job:
     Attributes:
         items: An image each, as text that `load` takes.
         load: Makes the sample of an item.
+        id_of: The id that it will have.
         shard: How shards are called; a number follows.
         attributes: Stored at the root of every file.
         identity: What of the input changes the result.
@@ -48,6 +52,7 @@ class Job:
 
     items: list[str]
     load: Callable[[str], Loaded]
+    id_of: Callable[[str], str]
     shard: str
     attributes: dict[str, str]
     identity: Row
@@ -71,8 +76,13 @@ def run(config: PrepareConfig) -> Summary:
         DataError: A list is damaged, or images are missing and `on_error` is `stop`.
         ConfigError: `path` is missing for a source that needs one, or another setting is wrong.
     """
-    out = Path(config.out).absolute()
     job = _drawing(config) if config.source == "shapes" else _converting(config)
+    return write(job, config)
+
+
+def write(job: Job, config: PrepareConfig) -> Summary:
+    """Writes what a job holds; arguments, result and errors are those of `run`."""
+    out = Path(config.out).absolute()
     starts = range(0, len(job.items), config.images_per_shard)
     parts = [job.items[n : n + config.images_per_shard] for n in starts]
     names = [f"{job.shard}-{n:05d}" for n in range(len(parts))]
@@ -84,13 +94,19 @@ def run(config: PrepareConfig) -> Summary:
             rows=pa.table({"id": names, "items": pa.array(parts, pa.large_list(pa.large_string()))}),
             load=_nothing_to_load,
             work=ShardWriter,
-            kwargs={"out": out, "load": job.load, "attributes": job.attributes, "skip": config.on_error == "skip"},
+            kwargs={
+                "out": out,
+                "load": job.load,
+                "id_of": job.id_of,
+                "attributes": job.attributes,
+                "skip": config.on_error == "skip",
+            },
             schema=SCHEMA,
             out=out,
             run=WorkersConfig(workers=min(config.workers, len(parts)), batch_size=1),
             identity=identity,
             on_error=config.on_error,
-            finalize=lambda counts: _index(out, counts, job),
+            finalize=lambda counts: _index(out, counts, job, dict(zip(names, parts, strict=True))),
         )
     )
     report = require_finished(out).get("report")
@@ -101,6 +117,7 @@ def _drawing(config: PrepareConfig) -> Job:
     return Job(
         items=[str(n) for n in range(config.shapes.count)],
         load=partial(_draw, config.shapes),
+        id_of=partial(_scene_id, config.shapes),
         shard=f"{config.shapes.split}-{config.shapes.labels}",
         attributes={"source": "shapes"},
         identity={},
@@ -114,10 +131,12 @@ def _converting(config: PrepareConfig) -> Job:
     return Job(
         items=items,
         load=partial(_load, config.source, found.rule),
+        id_of=_record_id,
         shard="shard",
         attributes=found.attributes,
-        # Other annotations under the same path, or a picture that came to be missing, are another job.
-        identity={k: settings[k] for k in ("images", "rasteriser", "exclude_ids")} | {"records": _digest(items)},
+        # Other annotations under the same path, a picture that came to be missing or was fetched again: another job.
+        identity={k: settings[k] for k in ("images", "rasteriser", "exclude_ids")}
+        | {"records": _digest(items), "files": _digest(map(_state, found.records))},
         report=found.report,
         refused=found.refused,
         phrases=found.phrases,
@@ -125,25 +144,44 @@ def _converting(config: PrepareConfig) -> Job:
     )
 
 
-def _digest(items: list[str]) -> str:
+def _digest(texts: Iterable[str]) -> str:
     digest = sha256()
-    for item in items:
-        digest.update(item.encode())
+    for text in texts:
+        digest.update(text.encode())
     return digest.hexdigest()[:12]
+
+
+def _state(record: Record) -> str:
+    """Size and time of every file that holds pixels of a record."""
+    stats = [os.stat(path) for path in record.files() if os.path.isfile(path)]
+    return repr([(stat.st_size, stat.st_mtime_ns) for stat in stats])
 
 
 class ShardWriter:
     """Writes one HDF5 shard a row.
 
+    Each writer notes where it is, so that an item on which two died is refused and the next one gets on.
+
     Args:
         out: Folder of the shards.
         load: Makes the sample of an item; raises BadSample.
+        id_of: The id that it will have.
         attributes: Stored at the root of every file.
         skip: Count and leave out a bad image instead of refusing its shard.
     """
 
-    def __init__(self, out: Path, load: Callable[[str], Loaded], attributes: dict[str, str], *, skip: bool):
-        self.out, self.load, self.attributes, self.skip = out, load, attributes, skip
+    def __init__(
+        self,
+        out: Path,
+        load: Callable[[str], Loaded],
+        id_of: Callable[[str], str],
+        attributes: dict[str, str],
+        *,
+        skip: bool,
+    ):
+        self.out, self.load, self.id_of, self.attributes, self.skip = out, load, id_of, attributes, skip
+        self.diaries = out / "_attempts" / "items"
+        self.diaries.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, rows: Rows) -> Rows:
         """Rows `id`, `items` in; `images` and NOTES out."""
@@ -151,29 +189,57 @@ class ShardWriter:
 
     def _shard(self, row: Row) -> Row:
         notes: dict[str, dict[str, str]] = {name: {} for name in NOTES}
+        samples = self._samples(row["items"], notes, self.diaries / row["id"])
         try:
-            count = hdf5.write_shard(self.out / f"{row['id']}.h5", self._samples(row["items"], notes), self.attributes)
+            count = hdf5.write_shard(self.out / f"{row['id']}.h5", samples, self.attributes)
         except BadSample as error:
             return refused(row, error)
         told = {name: json.dumps(noted) for name, noted in notes.items()}
         return {"id": row["id"], "status": OK, "images": count, **told}
 
-    def _samples(self, items: list[str], notes: dict[str, dict[str, str]]) -> Iterator[Sample]:
-        for item in items:
-            try:
-                loaded = self.load(item)
-            except BadSample as error:
-                if not self.skip:
-                    raise
-                notes["refused"][error.sample or error.file] = str(error)
-                continue
-            notes["skipped"] |= loaded.skipped
-            notes["partly"] |= loaded.partly
-            yield loaded.sample
+    def _samples(self, items: list[str], notes: dict[str, dict[str, str]], diary: Path) -> Iterator[Sample]:
+        deaths = _deaths(diary)
+        with diary.open("a") as now:
+            now.write("begun\n")
+            for number, item in enumerate(items):
+                now.write(f"{number}\n")
+                now.flush()
+                try:
+                    loaded = self._load(item, deaths[number])
+                except BadSample as error:
+                    if not self.skip:
+                        raise
+                    notes["refused"][self.id_of(item)] = str(error)
+                    continue
+                notes["skipped"] |= loaded.skipped
+                notes["partly"] |= loaded.partly
+                yield loaded.sample
+            now.write("end\n")
+
+    def _load(self, item: str, deaths: int) -> Loaded:
+        if deaths >= DEATHS:
+            reason = f"its process died {deaths} times while working on it"
+            raise BadSample(reason, file="prepare", sample=self.id_of(item))
+        return self.load(item)
+
+
+def _deaths(diary: Path) -> Counter[int]:
+    """Number of an item -> how many writers of the shard got to it and no further."""
+    tries = diary.read_text().split("begun\n")[1:] if diary.exists() else []
+    ends = [lines[-1] for lines in map(str.split, tries) if lines]
+    return Counter(int(end) for end in ends if end.isdigit())
 
 
 def _load(source: str, rule: Rule, item: str) -> Loaded:
     return sources.loader(source)(Record.from_json(item), rule)
+
+
+def _record_id(item: str) -> str:
+    return Record.from_json(item).id
+
+
+def _scene_id(config: ShapesConfig, item: str) -> str:
+    return f"{config.split}-{int(item):06d}"
 
 
 def _draw(config: ShapesConfig, item: str) -> Loaded:
@@ -185,7 +251,7 @@ def drawn(index: int, config: ShapesConfig) -> Sample:
     scene = shapes.draw_scene(index, split=config.split, seed=config.seed, size=config.size, n_phrases=config.phrases)
     coarse = config.labels == "coarse"
     return Sample(
-        id=f"{config.split}-{index:06d}",
+        id=_scene_id(config, str(index)),
         image=scene.image,
         phrases=tuple(
             Labelled(
@@ -202,23 +268,32 @@ def _nothing_to_load(row: Row) -> Row:
     return row
 
 
-def _index(out: Path, counts: Row, job: Job) -> Row:
-    """Builds the index and counts images instead of shards."""
+def _index(out: Path, counts: Row, job: Job, parts: dict[str, list[str]]) -> Row:
+    """Builds the index and counts images instead of shards; of a refused shard every image is refused."""
     notes: dict[str, dict[str, str]] = {name: {} for name in NOTES}
     for path in (out / "data").glob("*.parquet"):
         for row in pq.read_table(path).to_pylist():
             for name, noted in notes.items():
                 noted |= json.loads(row[name] or "{}")
-    bad = job.refused | counts["refused"] | notes.pop("refused")
-    index = hdf5.build_index(out)
+    bad = notes.pop("refused")
+    for shard, why in counts["refused"].items():
+        bad |= {job.id_of(item): f"its shard {shard}: {why}" for item in parts[shard]}
+    index = hdf5.build_index(out, [out / f"{shard}.h5" for shard in parts if shard not in counts["refused"]])
+    if index.num_rows + len(bad) != len(job.items):
+        raise DataError(
+            f"{out}: of {len(job.items)} images {index.num_rows} were written and {len(bad)} refused; delete it and "
+            "start again"
+        )
+    listed = {} if job.phrases is None else {"phrase_rows": job.phrases.num_rows}
     if job.phrases is not None:
-        pq.write_table(job.phrases, out / PHRASES)
+        pq.write_table(job.phrases, out / PHRASES, write_page_checksum=True)
         hdf5.add_columns(out, _sorts(index, job.phrases, job.sorts, notes["skipped"]))
     return {
-        "rows_in": index.num_rows + len(bad),
+        "rows_in": len(job.items) + len(job.refused),
         "rows_out": index.num_rows,
-        "refused": bad,
+        "refused": job.refused | bad,
         "phrases": sum(index["n_phrases"].to_pylist()),
+        **listed,
     } | ({"report": job.report | notes} if job.report else {})
 
 

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+from functools import partial
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from rlfseg import cli, hdf5
-from rlfseg.config import ShapesConfig
+from rlfseg.config import PrepareConfig, ShapesConfig
 from rlfseg.datasets import records, sources
+from rlfseg.errors import BadSample, DataError
+from rlfseg.pipeline import prepare
 from rlfseg.pipeline.folders import require_finished
 from rlfseg.pipeline.prepare import PHRASES, ShardWriter, drawn
 from rlfseg.pipeline.stages import Summary
+from tests.pipeline import works
 
 SQUARE = [[2, 2], [2, 6], [6, 6], [6, 2]]
 
@@ -136,6 +142,40 @@ def test_other_annotations_under_the_same_path_are_another_job(
         path.write_text(known)
 
 
+def test_a_picture_that_was_fetched_again_is_another_job(
+    out: Path, source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = source / "images" / "8.jpg"
+    known = picture.stat()
+    try:
+        os.utime(picture, ns=(known.st_atime_ns, known.st_mtime_ns + 1))
+        assert cli.main("prepare", flags(source, out)) == 1
+        assert "other settings: files (" in capsys.readouterr().err
+    finally:
+        os.utime(picture, ns=(known.st_atime_ns, known.st_mtime_ns))
+    assert cli.main("prepare", flags(source, out)) == cli.REFUSED_SOME
+
+
+def test_a_picture_that_kills_its_process_is_lost_alone(ray: None, tmp_path: Path) -> None:
+    scenes = ShapesConfig()
+    job = prepare.Job(
+        items=[str(n) for n in range(7)],
+        load=partial(works.deadly_scene, "4"),
+        id_of=partial(prepare._scene_id, scenes),
+        shard="shard",
+        attributes={},
+        identity={},
+        refused={"gone": "gone.jpg: no such file"},
+    )
+    config = PrepareConfig(out=str(tmp_path / "out"), images_per_shard=4, on_error="skip")
+    summary = prepare.write(job, config)
+    assert (summary.rows_in, summary.rows_out) == (8, 6)
+    assert summary.refused["train-000004"] == "prepare [train-000004]: its process died 2 times while working on it"
+    assert sorted(summary.refused) == ["gone", "train-000004"]
+    written = hdf5.read_index(tmp_path / "out")["id"].to_pylist()
+    assert sorted(written) == [f"train-{n:06d}" for n in range(7) if n != 4]
+
+
 def test_by_default_the_first_gap_stops_it(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main("prepare", flags(source, tmp_path / "out", "--on_error=stop")) == 1
     assert "3 of 11 pictures can't be had: " in capsys.readouterr().err
@@ -146,8 +186,6 @@ def test_by_default_the_first_gap_stops_it(tmp_path: Path, source: Path, capsys:
 
 
 def test_a_writer_keeps_the_good_and_names_the_bad(source: Path, tmp_path: Path) -> None:
-    from rlfseg.config import PrepareConfig
-
     found = sources.survey(
         PrepareConfig(out="x", source="phrasecut", path=str(source), splits=("val",), on_error="skip")
     )
@@ -156,13 +194,80 @@ def test_a_writer_keeps_the_good_and_names_the_bad(source: Path, tmp_path: Path)
     def load(item: str) -> records.Loaded:
         return records.load(records.Record.from_json(item), found.rule)
 
-    (row,) = ShardWriter(tmp_path, load, {}, skip=True)([{"id": "shard-00000", "items": items}])
+    (row,) = ShardWriter(tmp_path, load, prepare._record_id, {}, skip=True)([{"id": "shard-00000", "items": items}])
     assert (row["status"], row["images"]) == ("ok", 2)
     assert list(json.loads(row["refused"])) == ["7"]
     assert list(json.loads(row["skipped"])) == ["3: 3__1"]
     assert list(hdf5.iter_ids(tmp_path / "shard-00000.h5")) == ["3", "8"]
-    (row,) = ShardWriter(tmp_path, load, {}, skip=False)([{"id": "shard-00000", "items": items}])
+    (row,) = ShardWriter(tmp_path, load, prepare._record_id, {}, skip=False)([{"id": "shard-00000", "items": items}])
     assert row["status"].startswith("refused: ")
+
+
+def test_every_image_of_a_refused_shard_is_refused(tmp_path: Path) -> None:
+    """And an image that is neither written nor refused is an error."""
+    parts = {f"shard-{n:05d}": [str(3 * n + k) for k in range(3)] for n in range(3)}
+    items = [item for part in parts.values() for item in part]
+    job = prepare.Job(items=items, load=scene, id_of=name, shard="shard", attributes={}, identity={})
+    rows = ShardWriter(tmp_path, scene, name, {}, skip=True)(
+        [{"id": shard, "items": parts[shard]} for shard in list(parts)[:2]]
+    )
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema=prepare.SCHEMA), tmp_path / "data" / "0.parquet")
+    counts = prepare._index(tmp_path, {"refused": {"shard-00002": "the disk"}}, job, parts)
+    assert (counts["rows_in"], counts["rows_out"]) == (9, 5)
+    assert counts["refused"] == {
+        "train-000005": "nowhere: no such scene",
+        **{f"train-{n:06d}": "its shard shard-00002: the disk" for n in (6, 7, 8)},
+    }
+    with pytest.raises(DataError, match="of 9 images 5 were written and 1 refused"):
+        prepare._index(tmp_path, {"refused": {}}, job, dict(list(parts.items())[:2]))
+
+
+def scene(item: str) -> records.Loaded:
+    if item == "5":
+        raise BadSample("no such scene", file="nowhere")
+    return records.Loaded(drawn(int(item), ShapesConfig()), {}, {})
+
+
+name = partial(prepare._scene_id, ShapesConfig())
+
+
+def test_a_writer_knows_where_earlier_ones_died(tmp_path: Path) -> None:
+    """Once: it may have been the node. While the shard was read back: no item is to blame."""
+    diaries = tmp_path / "_attempts" / "items"
+    diaries.mkdir(parents=True)
+    for shard, lines, refused in (
+        ("a", ["0", "1"], []),
+        ("b", ["0", "1", "begun", "0", "1"], ["train-000001"]),
+        ("c", ["0", "1", "begun", "0", "begun"], []),
+        ("d", ["0", "1", "2", "end"] * 5, []),
+        ("e", ["0", "1", "begun", "0", "1", "begun", "0", "1", "2", "begun", "2"], ["train-000001", "train-000002"]),
+    ):
+        (diaries / shard).write_text("".join(f"{line}\n" for line in ["begun", *lines]))
+        (row,) = ShardWriter(tmp_path, scene, name, {}, skip=True)([{"id": shard, "items": ["0", "1", "2"]}])
+        assert (row["images"], list(json.loads(row["refused"]))) == (3 - len(refused), refused)
+
+
+def test_whatever_file_changes_it_is_another_job(tmp_path: Path) -> None:
+    """A picture or a mask with another time or size; the list may be touched."""
+    Image.new("RGB", (10, 8)).save(tmp_path / "a.png")
+    Image.new("1", (10, 8), 1).save(tmp_path / "m.png")
+    (tmp_path / "index.json").write_text(
+        json.dumps({"images": [{"image": "a.png", "phrases": [{"phrase": "x", "mask": "m.png"}]}]})
+    )
+    config = PrepareConfig(out="x", source="folder", path=str(tmp_path))
+    known = prepare._converting(config).identity
+    assert prepare._converting(config).identity == known
+    os.utime(tmp_path / "index.json", ns=(7, 7))
+    assert prepare._converting(config).identity == known
+    for file in ("a.png", "m.png"):
+        os.utime(tmp_path / file, ns=(7, 7))
+        now = prepare._converting(config).identity
+        assert {k for k in now if now[k] != known[k]} == {"files"}
+        (tmp_path / file).write_bytes((tmp_path / file).read_bytes() + b"\0")
+        os.utime(tmp_path / file, ns=(7, 7))
+        known, before = prepare._converting(config).identity, now
+        assert known["files"] != before["files"]
 
 
 def test_drawn_scenes_are_samples() -> None:

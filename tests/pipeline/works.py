@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from rlfseg.config import ShapesConfig
+from rlfseg.datasets.records import Loaded
 from rlfseg.errors import BadSample, ConfigError
+from rlfseg.pipeline.prepare import drawn
 from rlfseg.pipeline.rows import OK, Row, Rows
 
 PATIENCE = 120.0  # seconds to wait for what happens at once, on a busy machine
@@ -95,6 +98,13 @@ class Deadly:
 def deadly_count(poison: str) -> Deadly:
     """Work: as Count, but for one sample."""
     return Deadly(poison, Count())
+
+
+def deadly_scene(poison: str, item: str) -> Loaded:
+    """Load of `prepare`: drawn scenes, one of which kills its process."""
+    if item == poison:
+        os._exit(1)
+    return Loaded(drawn(int(item), ShapesConfig()), {}, {})
 
 
 class Hopeless:
