@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rlfseg.datasets.lists import as_object, brief, field, pictures_folder, read_json, size_of
-from rlfseg.datasets.raster import Outline
+from rlfseg.datasets.raster import Outline, rasterise
 from rlfseg.datasets.records import Counts, Entry, Plan, Record
 from rlfseg.errors import DataError
 
@@ -98,6 +98,31 @@ def read_annotations(path: Path) -> Annotations:
     return Annotations(
         path=path, pictures=pictures, rows=tree["annotations"], categories=dict(sorted(categories.items()))
     )
+
+
+def check(path: Path) -> int:
+    """Reads an annotation file of either kind without its pictures.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        How many annotations it holds.
+
+    Raises:
+        DataError: As `read_annotations`, or an annotation without a shape, or an RLE that doesn't add up.
+    """
+    known = read_annotations(path)
+    for n, row in enumerate(known.rows):
+        where = f"annotations[{n}]"
+        if "segments_info" in row:
+            field(row, "segments_info", list, where, path)
+        elif isinstance(outline := outline_of(row, where, path), Mapping):
+            try:
+                rasterise(outline, known.pictures[row["image_id"]].size, "pycocotools")
+            except DataError as error:
+                raise DataError(f"{path}, {where}, id {_name(row, n)}: {error}") from error
+    return len(known.rows)
 
 
 def plan(path: Path, images: str | None) -> Plan:

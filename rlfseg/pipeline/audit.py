@@ -20,7 +20,8 @@ from rlfseg import draw, images
 from rlfseg.audit import Looks, Pair, look, shared
 from rlfseg.config import AuditConfig, as_dict, digest
 from rlfseg.datasets.coco import id_in_name
-from rlfseg.errors import ConfigError
+from rlfseg.datasets.lists import storable
+from rlfseg.errors import ConfigError, DataError
 from rlfseg.hdf5 import Reader
 from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
@@ -54,7 +55,7 @@ def run(config: AuditConfig) -> Summary:
     Raises:
         BadSample: An image can't be read and `on_error` is `stop`.
         ConfigError: A folder holds no pictures.
-        DataError: A folder of `prepare` is unfinished.
+        DataError: A folder of `prepare` is unfinished, or a file's name isn't Unicode.
     """
     out = Path(config.out).absolute()
     settings = as_dict(config)
@@ -88,7 +89,10 @@ def _pictures(name: str, folder: Path) -> tuple[pa.Table, Row]:
     else:
         paths = images.list_images(folder)
         rows = [{"id": p.name, "folder": str(folder), "coco_id": id_in_name(p.name)} for p in paths]
-        identity = {"pictures": str(folder), "files": digest({p.name: p.stat().st_size for p in paths})}
+        if odd := [p.name for p in paths if storable(p.name) != p.name]:
+            raise DataError(f"{name}: {folder}: the file name {odd[0]!a} isn't Unicode; rename it")
+        stats = {p.name: p.stat() for p in paths}
+        identity = {"pictures": str(folder), "files": digest({k: (s.st_size, s.st_mtime_ns) for k, s in stats.items()})}
     if not rows:
         raise ConfigError(f"{name}: {folder} holds no pictures; give a folder of `prepare` or of pictures")
     named = [{**row, "id": f"{name}/{row['id']}", "set": name, "name": row["id"]} for row in rows]

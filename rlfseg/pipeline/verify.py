@@ -19,14 +19,15 @@ from safetensors import SafetensorError
 
 from rlfseg import adapter, hdf5, images
 from rlfseg.config import VerifyConfig
-from rlfseg.datasets import folder, records
+from rlfseg.datasets import coco, folder, lists, records, refer
 from rlfseg.errors import BadSample, ConfigError, DataError, ModelError
 from rlfseg.hdf5 import Seen
 from rlfseg.pipeline.folders import require_finished
+from rlfseg.pipeline.prepare import PHRASES
 from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.stages import Summary
 
-LISTS = (".json", ".jsonl", ".csv")
+LISTS = (".jsonl", ".csv")
 KNOWN = {  # the columns of refine, encode, predict and evaluate that are looked into
     **dict.fromkeys(("id", "status"), pa.string()),
     **dict.fromkeys(("height", "width"), pa.int32()),
@@ -91,12 +92,16 @@ def verified(path: Path) -> int:
         return _weights(path)
     if suffix in LISTS:
         return _listed(path)
+    if suffix == ".json":
+        return _json(path)
+    if suffix == ".p":
+        return len(refer.read_refs(path))
     if suffix in images.SUFFIXES:
         images.load_image(path, name=str(path))
         return 1
     raise ConfigError(
         f"files: {path}: {'no kind of file that is known' if path.exists() else 'no such file'}; give HDF5, Parquet, "
-        "safetensors, pictures, a list of phrases (.json, .jsonl, .csv), or a folder that a command wrote"
+        "safetensors, pictures, annotations (.json, .jsonl, .csv, .p), or a folder that a command wrote"
     )
 
 
@@ -104,7 +109,7 @@ def _folder(path: Path) -> int:
     done = require_finished(path) if (path / "_STARTED.json").exists() else {}
     parts = [_adapter(p) for p in (path, path / "adapter") if (p / adapter.CARD).is_file()]
     if (path / hdf5.INDEX).is_file():
-        parts.append(_indexed(path))
+        parts.append(_indexed(path, done))
     elif shards := hdf5.list_shards(path):
         parts.append(len(_samples(shards)))
     if files := sorted((path / "data").glob("*.parquet")):
@@ -127,6 +132,16 @@ def _listed(path: Path) -> int:
     return len(plan.records)
 
 
+def _json(path: Path) -> int:
+    """Objects of a JSON file, each looked into where its form is known."""
+    if lists.read_text(path).lstrip()[:1] == "[":
+        return sum(1 for _ in lists.read_items(path))
+    tree = lists.read_json(path)
+    if isinstance(tree, dict) and "annotations" in tree:
+        return coco.check(path)
+    return _listed(path) if path.name in folder.LISTS or (isinstance(tree, dict) and "images" in tree) else 1
+
+
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
@@ -142,9 +157,14 @@ def _samples(shards: list[Path]) -> dict[str, Seen]:
     return found
 
 
-def _indexed(path: Path) -> int:
-    """A folder of `prepare`: the index against the shards."""
+def _indexed(path: Path, done: Row) -> int:
+    """A folder of `prepare`: the index against the shards and against what was counted when it was finished."""
     rows = hdf5.read_index(path).to_pylist()
+    if (written := done.get("rows_out", len(rows))) != len(rows):
+        raise DataError(f"{path / hdf5.INDEX}: holds {len(rows)} samples, _SUCCESS.json says {written}")
+    phrases = path / PHRASES
+    if (listed := done.get("phrase_rows")) is not None and listed != (found := sum(1 for _ in _rows(phrases))):
+        raise DataError(f"{phrases}: holds {found} rows, _SUCCESS.json says {listed}")
     samples = _samples(sorted({path / row["shard"] for row in rows} | set(hdf5.list_shards(path))))
     for row in rows:
         seen = samples.pop(row["id"], None)

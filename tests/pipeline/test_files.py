@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,11 +21,15 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from rlfseg import cli, hdf5, images
-from rlfseg.config import ASSETS
+from rlfseg.config import ASSETS, RefineConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import DataError
 from rlfseg.hdf5 import Labelled, Sample
+from rlfseg.pipeline import audit, refine
 from rlfseg.pipeline.folders import write_json
+from rlfseg.pipeline.prepare import PHRASES
+from rlfseg.pipeline.refine import Refiner
+from rlfseg.pipeline.samples import LoadSample, open_samples
 from rlfseg.pipeline.verify import verified
 from tests.test_preflight import child_that
 
@@ -40,8 +46,11 @@ def prepared(folder: Path, samples: list[Sample], per_shard: int = 4) -> Path:
     for n in range(0, len(samples), per_shard):
         hdf5.write_shard(folder / f"shard-{n:05d}.h5", samples[n : n + per_shard])
     hdf5.build_index(folder)
+    phrases = pa.table({"id": [s.id for s in samples], "task": [f"{s.id}__1" for s in samples]})
+    pq.write_table(phrases, folder / PHRASES, write_page_checksum=True)
+    counts = dict.fromkeys(("rows_in", "rows_out", "phrase_rows"), len(samples))
     for name in ("_STARTED.json", "_SUCCESS.json"):
-        write_json(folder / name, {"schema": 1, "hash": "x", "identity": {}, "rows_in": len(samples)})
+        write_json(folder / name, {"schema": 1, "hash": "x", "identity": {}, **counts})
     return folder
 
 
@@ -204,6 +213,24 @@ def _index_bits(folder: Path) -> None:
     flip(folder / hdf5.INDEX, at=60)
 
 
+def _half_gone(folder: Path) -> None:
+    """Half of the shards, and an index that knows of no more."""
+    (folder / "shard-00004.h5").unlink()
+    hdf5.build_index(folder)
+
+
+def _phrases_bits(folder: Path) -> None:
+    flip(folder / PHRASES, at=40)
+
+
+def _phrases_gone(folder: Path) -> None:
+    (folder / PHRASES).unlink()
+
+
+def _phrases_fewer(folder: Path) -> None:
+    pq.write_table(pq.read_table(folder / PHRASES).slice(1), folder / PHRASES, write_page_checksum=True)
+
+
 def _unfinished(folder: Path) -> None:
     (folder / "_SUCCESS.json").unlink()
 
@@ -221,6 +248,10 @@ def _success_cut(folder: Path) -> None:
         (_shard_stray, r"more\.h5 \[train/77\]: this sample is not in index\.parquet"),
         (_index_old, r"shard-0000\d\.h5 \[train/\d\]: index\.parquet says other things"),
         (_index_bits, r"index\.parquet: not a whole Parquet file"),
+        (_half_gone, r"index\.parquet: holds 4 samples, _SUCCESS\.json says 6"),
+        (_phrases_bits, r"phrases\.parquet: damaged"),
+        (_phrases_gone, r"phrases\.parquet: damaged"),
+        (_phrases_fewer, r"phrases\.parquet: holds 5 rows, _SUCCESS\.json says 6"),
         (_unfinished, r"is unfinished"),
         (_success_cut, r"_SUCCESS\.json: damaged"),
     ],
@@ -350,6 +381,70 @@ def test_verify_reads_a_list_with_its_pictures(tmp_path: Path, capsys: pytest.Ca
     assert (code, "m.png [a.png]: can't be decoded" in said) == (1, True), said
 
 
+SQUARE = [[1, 1], [8, 1], [8, 7]]
+LISTED = {  # file: what it holds, how many objects, what to break, and what is said then
+    "refer_train.json": ([{"task_id": "1__2", "Polygons": [[SQUARE]], "phrase": "dog"}] * 3, 3, "]", "closing ]"),
+    "instances_val2017.json": (
+        {
+            "images": [{"id": 1, "file_name": "gone.jpg", "width": 3, "height": 2}],
+            "annotations": [
+                {"id": 8, "image_id": 1, "segmentation": [[0, 0, 1, 0, 1, 1]]},
+                {"id": 9, "image_id": 1, "segmentation": {"size": [2, 3], "counts": [1, 5]}},
+            ],
+        },
+        2,
+        "5]",
+        r"annotations\[1\], id 9: RLE counts \[1, 6\] don't describe",
+    ),
+    "panoptic_val2017.json": (
+        {
+            "images": [{"id": 1, "file_name": "gone.jpg", "width": 3, "height": 2}],
+            "annotations": [{"image_id": 1, "file_name": "gone.png", "segments_info": [{"id": 1, "category_id": 1}]}],
+        },
+        1,
+        "[{",
+        "not whole JSON",
+    ),
+    "name_att_rel_count.json": ({"cat": [["dog", 7]], "att": [], "rel": []}, 1, "}", "not whole JSON"),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_verify_reads_annotations_without_their_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    tree, count, spoil, reason = LISTED[name]
+    path = tmp_path / name
+    path.write_text(json.dumps(tree))
+    code, said = run(capsys, "verify", path)
+    assert (code, f"{name}: {count}" in said) == (0, True), said
+    head, found, tail = path.read_text().rpartition(spoil)
+    assert found
+    path.write_text(head + ("6]" if spoil == "5]" else "") + tail)
+    code, said = run(capsys, "verify", path)
+    assert code == 1
+    with pytest.raises(AssertionError, match=name.replace(".", r"\.") + ".*" + reason):
+        raise AssertionError(said)
+
+
+def test_verify_reads_refs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "refs(unc).p"
+    path.write_bytes(pickle.dumps([{"ref_id": 1}, {"ref_id": 2}], 2))
+    code, said = run(capsys, "verify", path)
+    assert (code, "refs(unc).p: 2" in said) == (0, True), said
+    path.write_bytes(pickle.dumps([Path("x")], 2))
+    code, said = run(capsys, "verify", path)
+    assert (code, "nothing of it was run" in said) == (1, True), said
+
+
+def test_verify_reads_the_real_annotations(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [*(shared_data / "coco_instances").glob("*.json"), *(shared_data / "native_formats").rglob("*.json")]
+    files += (shared_data / "native_formats").rglob("*.p")
+    assert len(files) > 12
+    code, said = run(capsys, "verify", *files)
+    assert code == 0, said
+
+
 def test_verify_refuses_what_it_does_not_know(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.doc").touch()
     (tmp_path / "b").mkdir()
@@ -431,6 +526,32 @@ def test_audit_of_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     (tmp_path / "a").mkdir()
     code, said = run(capsys, "audit", tmp_path / "a", tmp_path / "a", f"--out={tmp_path / 'out'}")
     assert (code, "train: " in said, "holds no pictures" in said) == (2, True, True)
+
+
+def test_audit_knows_a_picture_that_was_fetched_again(tmp_path: Path) -> None:
+    Image.new("RGB", (10, 8)).save(tmp_path / "a.png")
+    rows, known = audit._pictures("train", tmp_path)
+    os.utime(tmp_path / "a.png", ns=(7, 7))
+    again, now = audit._pictures("train", tmp_path)
+    assert again.equals(rows)
+    assert {k for k in now if now[k] != known[k]} == {"files"}
+
+
+def test_audit_names_a_file_whose_name_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (10, 8)).save(os.fsencode(tmp_path) + b"/\xff.png")
+    code, said = run(capsys, "audit", tmp_path, tmp_path, f"--out={tmp_path / 'out'}")
+    assert (code, r"the file name '\udcff.png' isn't Unicode; rename it" in said) == (1, True), said
+
+
+def test_refined_samples_keep_their_coco_ids(tmp_path: Path) -> None:
+    """So that an audit of a folder of `refine` still knows them."""
+    folder = prepared(tmp_path / "a", [scene(n, coco_id=str(70 + n)) for n in range(2)])
+    samples = open_samples(folder)
+    refiner = Refiner(RefineConfig(samples="s", out="o"))
+    table = pa.Table.from_pylist(refiner(list(map(LoadSample(folder), samples.rows.to_pylist()))), schema=refine.SCHEMA)
+    refined = stage_of(tmp_path / "b", table, identity={"samples": str(folder)})
+    rows, _ = audit._pictures("train", refined)
+    assert {row["name"]: row["coco_id"] for row in rows.to_pylist()} == {"train/0": "70", "train/1": "71"}
 
 
 # --- faults of files, through the commands ---------------------------------------------------------------------------
