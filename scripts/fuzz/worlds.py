@@ -24,7 +24,7 @@ from PIL import Image
 
 from rlfseg import hdf5, images
 from rlfseg.config import PrepareConfig
-from rlfseg.errors import DataError
+from rlfseg.errors import DataError, RlfsegError
 
 Mutation = Callable[[random.Random, bytes], bytes]
 WIDTH, HEIGHT = 14, 10
@@ -282,6 +282,44 @@ def panoptic() -> World:
     return source("coco", name, files, {name: mutate.of_json, "annotations/panoptic_val2017/a.png": mutate.of_png})
 
 
+def stuff() -> World:
+    values = np.random.default_rng(0).choice([0, 17, 91, 181, 255], (HEIGHT, WIDTH)).astype(np.uint8)
+    grey = Image.fromarray(values)
+    palette = grey.copy()
+    palette.putpalette([n for n in range(256) for _ in range(3)])
+    maps = {"grey": _encoded(grey, "PNG"), "palette": _encoded(palette, "PNG")}
+    name = "stuffthingmaps/val2017/000000000030.png"
+
+    def any_of(rng: random.Random, _: bytes) -> bytes:
+        return mutate.of_png(rng, maps[rng.choice(sorted(maps))])
+
+    files = {"images/val2017/000000000030.jpg": PNG, name: maps["palette"]}
+    return source("cocostuff", "stuffthingmaps/val2017", files, {name: any_of})
+
+
+def excluded() -> World:
+    """A list for `exclude_ids`, as a file and as text on the command line."""
+    path = "annotations/instances_val2017.json"
+    images = [{**INSTANCES["images"][0], "id": n, "file_name": f"{n}.png"} for n in range(3)]  # type: ignore[dict-item]
+    rows = [{**INSTANCES["annotations"][0], "image_id": n} for n in range(3)]  # type: ignore[dict-item]
+    files = {f"images/{n}.png": PNG for n in range(3)}
+    files[path] = _dumped({**INSTANCES, "images": images, "annotations": rows})
+    files["leak.txt"] = b"1\n2.png\n000000000001.jpg\n"
+
+    def read(folder: Path) -> None:
+        from rlfseg.datasets import sources
+
+        def survey(given: str) -> None:
+            config = PrepareConfig(out="none", source="coco", path=str(folder / path), exclude_ids=given)
+            sources.notes(sources.survey(config).report)
+
+        with contextlib.suppress(RlfsegError):
+            survey((folder / "leak.txt").read_bytes().decode(errors="surrogateescape").replace("\n", ","))
+        survey(str(folder / "leak.txt"))
+
+    return World(files=files, mutations={"leak.txt": mutate.of_bytes}, read=read)
+
+
 def labelme() -> World:
     points = [[1, 1], [8, 1], [8, 7]]
     shapes = [
@@ -507,6 +545,8 @@ WORLDS: dict[str, Callable[[], World]] = {
     "grefcoco": grefcoco,
     "coco": coco,
     "panoptic": panoptic,
+    "stuff": stuff,
+    "excluded": excluded,
     "labelme": labelme,
     "rle": rle,
     "parquet": asked,
