@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # drivers read cards and never a weight: diffusers and peft a
     from rlfseg.backbone import Backbone
 
 CARD = "rlfseg.yaml"
+SEEN = 256  # values of a weight that its base's hash sees
 
 
 @dataclass(config=ConfigDict(extra="forbid"), frozen=True, kw_only=True)
@@ -33,19 +34,22 @@ class Card:
 
     Attributes:
         base: Reference of the base model, as in `BackboneConfig.base`.
+        base_weights: `weights_hash` of its folder; empty in older cards: not checked.
         resolution: Side in pixels that it was trained at.
         full: Whether `unet/` replaces the base's UNet, instead of a LoRA.
         threshold: Score above which a pixel is mask; 0.5 until `calibrate` has run.
         eps_aos: Width of AOS's stable region (Eq. 6); None until `calibrate` has run.
         eps_hss: Width of HSS's stable region (Eq. 9); None until `calibrate` has run.
-        data: Fingerprint of the latents that it was trained on.
+        data: What it was trained on: source, splits, counts, fingerprint.
         run_id: MLflow run of the training.
-        metrics: Figures on the validation split.
+        metrics: Figures of the training on its validation pictures, at threshold 0.5.
+        calibration: mIoU on the split of `calibrate`, at `threshold`: `one_step`, `aos`, `hss`.
         config: Resolved settings of the training.
     """
 
     base: str
     resolution: int
+    base_weights: str = ""
     full: bool = False
     threshold: float = 0.5
     eps_aos: float | None = None
@@ -53,6 +57,7 @@ class Card:
     data: str = ""
     run_id: str = ""
     metrics: dict[str, float] = Field(default_factory=dict)
+    calibration: dict[str, float] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -62,7 +67,7 @@ def save(backbone: Backbone, folder: Path, card: Card) -> None:
     Args:
         backbone: Holds the trained UNet, with a LoRA or without.
         folder: Made where it is missing.
-        card: What goes into `rlfseg.yaml`.
+        card: What goes into `rlfseg.yaml`, beside the hash of the base's weights.
 
     Raises:
         ModelError: The weights are not what a plain UNet could load.
@@ -78,7 +83,7 @@ def save(backbone: Backbone, folder: Path, card: Card) -> None:
         unet.save_pretrained(str(folder), safe_serialization=True)
     else:
         unet.save_pretrained(folder / "unet")
-    write_card(folder, card)
+    write_card(folder, dataclasses.replace(card, base_weights=weights_hash(backbone.source)))
 
 
 def write_card(folder: Path, card: Card) -> None:
@@ -106,6 +111,37 @@ def read_card(folder: Path) -> Card:
         return TypeAdapter(Card).validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (ValidationError, yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def weights_hash(base: Path) -> str:
+    """A short hash by which a base is told from another of the same shape, in milliseconds.
+
+    Of each weight of the UNet and the autoencoder it sees the name, the shape and the first values, as fp16: a copy of
+    the base in half precision is the same base.
+
+    Args:
+        base: A diffusers folder.
+
+    Returns:
+        12 hexadecimal digits.
+
+    Raises:
+        ModelError: A file of weights is damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    sums = hashlib.sha256()
+    files = [base / part / "diffusion_pytorch_model.safetensors" for part in ("unet", "vae")]
+    for path in filter(Path.is_file, files):  # others of a very large base are not looked at
+        try:
+            with safe_open(path, framework="pt") as weights:
+                for name in sorted(weights.keys()):
+                    weight = weights.get_tensor(name)  # mapped, not read
+                    sums.update(f"{path.parent.name}.{name} {list(weight.shape)}".encode())
+                    sums.update(weight.flatten()[:SEEN].half().numpy().tobytes())
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{path} can't be read: {error}") from error
+    return sums.hexdigest()[:12]
 
 
 def version(folder: Path) -> str:
@@ -142,8 +178,8 @@ def resolve(reference: str) -> Path:
         folder = _from_hub(reference.removeprefix("hf:"))
     else:
         folder = Path(reference)
-    # An MLflow model holds the adapter as an artifact of its own
-    found = [f for f in (folder, folder / "adapter", folder / "artifacts" / "adapter") if (f / CARD).is_file()]
+    # An MLflow model holds the adapter as an artifact of its own, under the name that its folder had
+    found = [f for f in (folder, folder / "adapter", *folder.glob("artifacts/*")) if (f / CARD).is_file()]
     if not found:
         raise ModelError(
             f"adapter: {reference} holds no {CARD}; give `tiny`, a folder written by `rlfseg train`, "
@@ -173,16 +209,20 @@ def load(folder: Path, *, device: str = "auto", dtype: str = "auto", base_only: 
 
     card = read_card(folder)
     config = BackboneConfig(base=card.base, resolution=card.resolution, device=device, dtype=dtype)  # type: ignore[arg-type]
-    if base_only:
-        return Backbone.load(config), card
-    if card.full:
+    unet = None
+    if card.full and not base_only:
         try:
             unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
         except (OSError, ValueError) as error:
             raise ModelError(f"adapter {folder / 'unet'} can't be loaded as a diffusers UNet: {error}") from error
-        return Backbone.load(config, unet=unet), card
-    backbone = Backbone.load(config)
-    backbone.load_lora(folder)
+    backbone = Backbone.load(config, unet=unet)
+    if card.base_weights and card.base_weights != (found := weights_hash(backbone.source)):
+        raise ModelError(
+            f"adapter {folder} was trained on another base than what {card.base} is here: its weights are {found}, "
+            f"those of the adapter's base {card.base_weights}; give that base under this name, or train anew"
+        )
+    if not (card.full or base_only):
+        backbone.load_lora(folder)
     return backbone, card
 
 
@@ -217,12 +257,14 @@ def export(folder: Path, out: Path) -> Path:
 
 def model_card(card: Card) -> str:
     """The card as Markdown, with the front matter that model hubs read."""
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in card.metrics.items()) or "| none yet | |"
+    # A hub knows only its own names, and those without a revision
+    hub = f"base_model: {card.base[3:].partition('@')[0]}\n" if card.base.startswith("hf:") else ""
     calibrated = "" if card.eps_aos is not None else " (not calibrated: run `rlfseg calibrate`)"
+    lora = card.config.get("lora", {})
+    rank = f", rank {lora['rank']}, alpha {lora.get('alpha') or lora['rank']}" if "rank" in lora else ""
     return f"""---
 library_name: peft
-base_model: {card.base.removeprefix("hf:")}
-tags: [image-segmentation, rectified-flow, lora]
+{hub}tags: [image-segmentation, rectified-flow, lora]
 ---
 
 # RLFseg adapter
@@ -232,8 +274,8 @@ to its mask's.
 
 | | |
 |---|---|
-| base | `{card.base}` |
-| trained weights | {"all of the UNet" if card.full else "LoRA"} |
+| base | `{card.base}`, weights {card.base_weights or "not recorded"} |
+| trained weights | {"all of the UNet" if card.full else f"LoRA{rank}"} |
 | threshold | {card.threshold}{calibrated} |
 | eps of AOS, HSS | {card.eps_aos}, {card.eps_hss} |
 | training data | {card.data or "not recorded"} |
@@ -241,16 +283,19 @@ to its mask's.
 
 ## Figures on the validation split
 
-| metric | value |
-|---|---|
-{rows}
+While it was trained, on a part of the split, at threshold 0.5:
 
+{_table(card.metrics)}
+By `rlfseg calibrate`, mIoU at threshold {card.threshold}:
+
+{_table(card.calibration)}
 ## How to load
 
 ```python
 from rlfseg import Segmenter
 
-masks = Segmenter.load("path/of/this/folder")(image, ["red ring"])
+results = Segmenter.load("path/of/this/folder")("picture.png", ["red ring"])
+results[0].mask  # uint8 {{0, 1}} [H, W]
 ```
 
 ## Settings
@@ -259,6 +304,11 @@ masks = Segmenter.load("path/of/this/folder")(image, ["red ring"])
 {yaml.safe_dump(card.config, sort_keys=False).strip()}
 ```
 """
+
+
+def _table(figures: dict[str, float]) -> str:
+    rows = [f"| {name} | {value:.4f} |" for name, value in figures.items()] or ["| none yet | |"]
+    return "\n".join(["| metric | value |", "|---|---|", *rows, ""])
 
 
 def _from_hub(name: str) -> Path:

@@ -7,10 +7,12 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +28,7 @@ from rlfseg.training import Batch, TrainState
 TINY = BackboneConfig(base="tiny", resolution=64, device="cpu")
 CARD = Card(base="tiny", resolution=64, threshold=0.4, eps_aos=0.2, metrics={"miou": 0.5}, config={"seed": 42})
 WEIGHTS = "adapter_model.safetensors"
+NETWORK = "diffusion_pytorch_model.safetensors"
 
 # What someone without rlfseg does with the folder.
 BY_HAND = """
@@ -100,7 +103,7 @@ def test_peft_gives_the_same_in_a_fresh_process(base: Backbone, saved: tuple[Pat
 def test_load_gives_the_same(base: Backbone, saved: tuple[Path, Tensor]) -> None:
     folder, expected = saved
     backbone, card = adapter.load(folder, device="cpu")
-    assert card == CARD
+    assert card == dataclasses.replace(CARD, base_weights=adapter.weights_hash(ASSETS / "base"))
     torch.testing.assert_close(velocity(backbone), expected, rtol=0, atol=1e-5)
     backbone.fuse()
     assert type(backbone.velocity.unet) is UNet2DConditionModel
@@ -206,6 +209,43 @@ def test_an_adapter_that_would_change_nothing_is_refused(
         adapter.load(folder, device="cpu")
 
 
+def copy_of_base(folder: Path, change: Callable[[str, Tensor], Tensor]) -> Path:
+    """The shipped base with other weights."""
+    shutil.copytree(ASSETS / "base", folder)
+    for path in (folder / "unet" / NETWORK, folder / "vae" / NETWORK):
+        changed = {k: change(f"{path.parent.name}.{k}", w).contiguous() for k, w in load_file(path).items()}
+        save_file(changed, path, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.fault("lora-07")
+@pytest.mark.parametrize("part", ["unet.conv_in.bias", "vae.decoder.conv_in.bias"])
+def test_an_adapter_of_another_base_of_the_same_shape_is_refused(
+    saved: tuple[Path, Tensor], tmp_path: Path, part: str
+) -> None:
+    other = copy_of_base(tmp_path / "base", lambda name, w: w * 1.01 if name == part else w)
+    folder = Path(shutil.copytree(saved[0], tmp_path / "adapter"))
+    card = dataclasses.replace(adapter.read_card(folder), base=str(other))
+    adapter.write_card(folder, card)
+    for base_only in (False, True):
+        with pytest.raises(ModelError, match=f"another base.*{adapter.weights_hash(other)}.*{card.base_weights}"):
+            adapter.load(folder, device="cpu", base_only=base_only)
+    adapter.write_card(folder, dataclasses.replace(card, base_weights=""))  # a card from before there was a hash
+    assert adapter.load(folder, device="cpu")[1].base == str(other)
+
+
+@pytest.mark.fault("lora-07")
+def test_the_base_in_another_precision_is_the_same_base_and_the_adapter_changes_what_it_says(
+    saved: tuple[Path, Tensor], tmp_path: Path
+) -> None:
+    same = copy_of_base(tmp_path / "base", lambda name, w: w.float())
+    folder = Path(shutil.copytree(saved[0], tmp_path / "adapter"))
+    adapter.write_card(folder, dataclasses.replace(adapter.read_card(folder), base=str(same)))
+    on, off = (velocity(adapter.load(folder, device="cpu", base_only=off)[0]) for off in (False, True))
+    torch.testing.assert_close(on, saved[1], rtol=0, atol=1e-5)
+    assert (on - off).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("text", [None, "base: tiny", "base: tiny\nresolution: 64\nspeed: 3", "a: [", "- 1"])
 def test_cards_are_checked(tmp_path: Path, text: str | None) -> None:
     if text is not None:
@@ -220,6 +260,11 @@ def test_cards_come_back_and_tell_people(tmp_path: Path) -> None:
     assert adapter.read_card(tmp_path) == card
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| miou | 0.5000 |" in text
+    assert "base_model" not in text  # a hub has no `tiny`
+    hub = dataclasses.replace(card, base="hf:owner/name@abc", config={"lora": {"rank": 8, "alpha": None}})
+    front = yaml.safe_load(adapter.model_card(hub).split("---")[1])
+    assert front["base_model"] == "owner/name"
+    assert "LoRA, rank 8, alpha 8" in adapter.model_card(hub)
     assert "später" in text
     assert "not calibrated" in adapter.model_card(Card(base="tiny", resolution=64))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", adapter.CARD]

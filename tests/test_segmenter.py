@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,10 @@ from peft import PeftModel
 from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from rlfseg import adapter
+from rlfseg import adapter, tracking
 from rlfseg.adapter import Card
 from rlfseg.backbone import ASSETS, Backbone
-from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig, SamplingConfig
+from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig, SamplingConfig, TrackingConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import BadSample, ConfigError
 from rlfseg.segmenter import Result, Segmenter, to_array
@@ -136,6 +138,40 @@ def test_results_have_the_pictures_own_size(segmenter: Segmenter, size: tuple[in
     assert result.score.dtype == np.float32
     assert result.mask.dtype == np.uint8
     assert 0 <= result.score.min() <= result.score.max() <= 1
+
+
+# --- references ---------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_references_give_the_same_masks(
+    folder: Path, segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    with tracking.Run.start(TrackingConfig(uri=uri), params={}, system_metrics=False) as run:
+        run.log_artifacts(folder, "adapter")
+        model = tracking.log_model_folder(run, folder, code_paths=())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.chdir(tmp_path)
+    for reference in (f"runs:/{run.id}/adapter", str(model)):
+        loaded = Segmenter.load(reference, device="cpu")
+        assert loaded.card == segmenter.card
+        np.testing.assert_array_equal(scores(loaded(picture(), PHRASES)), scores(segmenter(picture(), PHRASES)))
+
+
+def test_revisions_reach_the_hub(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot_download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repository, revision))
+        return str(BASE if repository == "owner/base" else tmp_path / "adapter")
+
+    shutil.copytree(folder, tmp_path / "adapter")
+    card = adapter.read_card(folder)
+    adapter.write_card(tmp_path / "adapter", dataclasses.replace(card, base="hf:owner/base@0123abc"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    Segmenter.load("hf:owner/adapter@v2", device="cpu")
+    adapter.resolve("hf:owner/adapter")
+    assert asked == [("owner/adapter", "v2"), ("owner/base", "0123abc"), ("owner/adapter", None)]
 
 
 # --- failures -----------------------------------------------------------------------------------------------------

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
+
+from rlfseg import adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,6 +46,10 @@ def main() -> None:
                 halve(path, target)
             elif path.suffix in (".json", ".yaml", ".md", ".txt") and path.is_file():
                 copy_text(path, target)
+    assets = ROOT / "rlfseg" / "assets"
+    card = adapter.read_card(assets / "adapter")
+    if not card.base_weights:  # trained before cards had it
+        adapter.write_card(assets / "adapter", replace(card, base_weights=adapter.weights_hash(assets / "base")))
     for part in ("vae", "base", "sam", "adapter", "autoencoder_tiny"):
         log = runs / part / "log.jsonl"
         if log.is_file():

@@ -1,0 +1,53 @@
+"""What the commands teach: every help and every job has what goes in, what comes out, and an example that is taken."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rlfseg import cli
+from rlfseg.cli import COMMANDS
+
+
+@pytest.fixture(autouse=True)
+def _in_the_repository(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)  # examples name settings that lie there
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_teaches_and_its_example_is_taken(name: str) -> None:
+    command = COMMANDS[name]
+    said = "".join(cli.parser(name).format_help().split())  # lines are broken anywhere
+    for part in (f"In: {command.goes_in}", f"Out: {command.comes_out}", f"Example: {command.example}"):
+        assert "".join(part.split()) in said
+    words = shlex.split(command.example)
+    assert words[:2] == ["rlfseg", name]
+    settings = cli.parse(name, words[2:])
+    assert type(settings) is command.settings
+
+
+def test_every_command_is_a_job_and_every_job_a_command(root: Path) -> None:
+    assert {p.stem for p in (root / "jobs").glob("[!_]*.py")} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_job_says_what_its_command_says(root: Path, name: str) -> None:
+    command, text = COMMANDS[name], (root / "jobs" / f"{name}.py").read_text()
+    assert f'cli.main("{name}")' in text
+    said = " ".join(str(ast.get_docstring(ast.parse(text))).split())
+    assert f"In: {command.goes_in}." in said
+    assert f"Out: {command.comes_out}." in said
+    line = re.search(rf"python -m jobs\.{name}((?: .*)?)$", said.replace("\\ ", ""))
+    assert line, "no line to submit it by"
+    cli.parse(name, shlex.split(line[1]))
+
+
+def test_an_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main("train", ["--out", "a", "--no_such_setting", "1"])
+    assert stopped.value.code == 2
+    assert "no_such_setting" in capsys.readouterr().err
