@@ -42,7 +42,11 @@ SIGNATURE = ModelSignature(
 # A grey picture of 2 x 2 pixels; MLflow stores it beside the model, as a request that works.
 PIXELS = "iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAAAAABX3VL4AAAADklEQVR42mNsYGBiYAAAApIAhOoU7S4AAAAASUVORK5CYII="
 EXAMPLE = {"image": [PIXELS], "phrase": ["red ring"]}
-PACKAGES = ("mlflow", "torch", "diffusers", "transformers", "peft", "numpy", "pandas", "pillow", "pycocotools")
+# What this file and the part of rlfseg behind it import; rlfseg itself is shipped in the model
+PACKAGES = (
+    *("mlflow", "torch", "diffusers", "transformers", "peft", "safetensors", "numpy", "pandas", "pillow"),
+    *("pycocotools", "jaxtyping", "cachetools", "pydantic", "PyYAML"),
+)
 
 
 class SegmenterModel(PythonModel):

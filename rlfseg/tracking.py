@@ -41,6 +41,7 @@ TRAINING_RUN = "rlfseg.training_run"  # the same id under a name that people can
 NONFINITE, TRUNCATED = "rlfseg.nonfinite.", "rlfseg.truncated_params"
 LONGEST_TAG, LONGEST_PARAM, PARAMS_A_CALL = 5000, 1000, 100  # MLflow takes 8,000, 6,000, and 1 MB a request
 CUT = "cut here, whole in config.yaml]"
+PYFUNC = Path(__file__).with_name("pyfunc_model.py")
 RUNS = Path("runs")  # in the working directory of the moment
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
@@ -318,17 +319,17 @@ def _line(error: BaseException) -> str:
 
 
 def log_model_folder(
-    run: Run, folder: Path, code: Path, *, name: str = "rlfseg", code_paths: Sequence[Path] = ()
+    run: Run, folder: Path, code: Path = PYFUNC, *, name: str = "rlfseg", code_paths: Sequence[Path] = (PYFUNC.parent,)
 ) -> str | None:
     """Logs an adapter folder as an MLflow model, from code and without network; `mlflow.pyfunc.load_model` serves it.
 
     Args:
         run: The run that made the adapter.
         folder: Adapter folder; the code finds it as `context.artifacts["adapter"]`.
-        code: `rlfseg/pyfunc_model.py`, or another Python file that sets a model and names its SIGNATURE, an EXAMPLE of
-            its input, and the PACKAGES that it needs; their versions here (2.14.1+cpu as 2.14.1) are its requirements.
+        code: A Python file that sets a model and names its SIGNATURE, an EXAMPLE of its input, and the PACKAGES that it
+            needs; their versions here (2.14.1+cpu as 2.14.1) are its requirements.
         name: Name of the model in MLflow.
-        code_paths: Packages to ship inside the model, for servers that haven't installed them.
+        code_paths: Packages to ship inside the model: rlfseg comes from no index that a server could ask.
 
     Returns:
         `models:/m-...`; None if the run is off, or if the server is away, which is logged.

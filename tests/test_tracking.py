@@ -348,7 +348,7 @@ def train_through_an_outage(home: Path, port: int) -> Run:
         run.log_metrics({"loss": 1 / step}, step)
         (home / f"checkpoint-{step}").touch()
     run.log_artifact(home / "sheet.png", "overlays")
-    assert tracking.log_model_folder(run, home, stand_in(home)) is None
+    assert tracking.log_model_folder(run, home, stand_in(home), code_paths=()) is None
     return run
 
 
@@ -413,7 +413,7 @@ def stand_in(home: Path) -> Path:
 def log_stand_in(run: Run, home: Path) -> str | None:
     (home / "adapter").mkdir()
     (home / "adapter" / "word.txt").write_text("Hello, ")
-    return tracking.log_model_folder(run, home / "adapter", stand_in(home))
+    return tracking.log_model_folder(run, home / "adapter", stand_in(home), code_paths=())
 
 
 def test_a_logged_model_serves_in_a_fresh_process(home: Path) -> None:
