@@ -98,6 +98,15 @@ COMMANDS: dict[str, Command] = {
         comes_out="OUT/data/*.parquet (COCO RLE), OUT/png, OUT/overlays, OUT/refused.json",
         example="rlfseg predict --images photos --phrases '[dog, red car]' --overlays true --out runs/masks",
     ),
+    "export": Command(
+        settings=config.ExportConfig,
+        module="rlfseg.pipeline.export",
+        what="write an adapter for diffusers, or refined labels as HDF5",
+        goes_in="an adapter, or a folder of `refine`",
+        comes_out="OUT/pytorch_lora_weights.safetensors for `pipe.load_lora_weights(OUT)`; or OUT/*.h5 in the paper's "
+        "layout and OUT/index.parquet",
+        example="rlfseg export --adapter runs/a/train-1/adapter --out runs/a/diffusers",
+    ),
     "inspect": Command(
         settings=config.InspectConfig,
         module="rlfseg.pipeline.inspect",

@@ -26,6 +26,7 @@ from rlfseg.config.labels import (
 from rlfseg.config.masks import (
     CalibrateConfig,
     EvaluateConfig,
+    ExportConfig,
     PredictConfig,
 )
 from rlfseg.config.parts import (
@@ -76,6 +77,7 @@ __all__ = [
     "CalibrateConfig",
     "EncodeConfig",
     "EvaluateConfig",
+    "ExportConfig",
     "FastConfig",
     "Fraction",
     "GuardConfig",

@@ -13,6 +13,7 @@ from rlfseg.config.parts import (
     Fraction,
     Natural,
     Positive,
+    PositiveInt,
     SamplingConfig,
     TrackingConfig,
     WorkersConfig,
@@ -126,3 +127,19 @@ class PredictConfig:
     """Actors, GPUs, batch size."""
     on_error: Literal["stop", "skip"] = "skip"
     """What a bad picture does to the job: stop it, or be reported and skipped."""
+
+
+@dataclass(config=STRICT, frozen=True, kw_only=True)
+class ExportConfig:
+    """Writes an adapter, or refined labels, in the form in which other tools read them."""
+
+    out: str
+    """Folder to write to."""
+    adapter: str | None = None
+    """Adapter to write for diffusers: `tiny`, a folder, `hf:owner/name@revision`, `models:/...` or `runs:/...`."""
+    samples: str | None = None
+    """Folder of `refine` to write as HDF5 in the paper's layout instead, with the refined labels for the original."""
+    workers: PositiveInt = 2
+    """HDF5 files written at a time."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad sample does to the job: stop it, or be counted and skipped."""
