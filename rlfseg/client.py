@@ -25,7 +25,8 @@ from rlfseg.errors import BadSample, ServiceError
 from rlfseg.images import rle_decode
 
 Json = dict[str, Any]
-BUSY = (429, 502, 503)  # asking again is safe
+BUSY = (429, 502, 503)
+NOT_BEGUN = ("overloaded", "starting", "stopping", "short")  # kinds of 503; a load balancer's own tells nothing
 LONGEST_WAIT_S = 60.0
 
 
@@ -67,12 +68,14 @@ class PictureAnswer:
     Attributes:
         name: The picture's.
         error: Why it was not segmented; None: it was.
+        kind: Kind of that error, such as `picture`, `too_large` or `overloaded`; None: it was segmented.
         model: Name and version of the model that answered, such as `tiny 0f3c9a1b2d4e`.
         phrases: One a phrase, in order; empty where it was not segmented.
     """
 
     name: str
     error: str | None
+    kind: str | None
     model: str
     phrases: list[PhraseAnswer]
 
@@ -146,7 +149,7 @@ class Client:
             for attempt in stamina.retry_context(on=_wait, attempts=self.retries + 1, timeout=None):
                 with attempt:
                     reply = self.http.request(method, path, **kwargs)
-                    if reply.status_code in BUSY and not _may_be_begun(path, reply):
+                    if _is_busy(reply):
                         reply.raise_for_status()
         except httpx.HTTPStatusError as error:
             raise ServiceError(_problem(error.response)) from None
@@ -158,9 +161,10 @@ class Client:
         return _json(reply)
 
 
-def _may_be_begun(path: str, reply: httpx.Response) -> bool:
-    """Whether asking again could begin a second batch: the process that was asked died, nobody knows when."""
-    return path == "/v1/batches" and _json(reply).get("error", {}).get("kind") == "lost"
+def _is_busy(reply: httpx.Response) -> bool:
+    """Whether asking again is safe: what begins a batch is asked again only where the service itself began none."""
+    begins = reply.request.method == "POST" and reply.request.url.path.rstrip("/").endswith("/v1/batches")
+    return reply.status_code in BUSY and (not begins or _fault(reply).get("kind") in NOT_BEGUN)
 
 
 def _wait(error: Exception) -> bool | float:
@@ -181,10 +185,11 @@ def _file(image: str | os.PathLike[str] | bytes, n: int) -> tuple[str, bytes]:
 
 
 def _picture(entry: Json) -> PictureAnswer:
-    model = entry.get("model", {})
+    model, error = entry.get("model", {}), entry.get("error", {})
     return PictureAnswer(
         name=entry["name"],
-        error=entry.get("error", {}).get("message"),
+        error=error.get("message"),
+        kind=error.get("kind"),
         model=f"{model.get('name', '')} {model.get('version', '')}".strip(),
         phrases=[_phrase(p) for p in entry.get("phrases", [])],
     )
@@ -211,6 +216,11 @@ def _json(reply: httpx.Response) -> Json:
     return tree if isinstance(tree, dict) else {}
 
 
+def _fault(reply: httpx.Response) -> Json:
+    error = _json(reply).get("error")
+    return error if isinstance(error, dict) else {}
+
+
 def _problem(reply: httpx.Response) -> str:
-    told = _json(reply).get("error", {}).get("message") or reply.text[:200]
+    told = _fault(reply).get("message") or reply.text[:200]
     return f"{reply.request.url}: {reply.status_code}: {told}"

@@ -72,16 +72,41 @@ def test_it_waits_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(seen) == 4
 
 
-def test_a_batch_that_may_have_begun_is_not_begun_again() -> None:
-    lost = {"error": {"kind": "lost", "message": "the process died"}, "request_id": "1"}
-    client, seen = scripted(httpx.Response(503, json=lost), ok())
-    with pytest.raises(ServiceError, match="503: the process died"):
-        client.request("POST", "/v1/batches", json={})
+def told(kind: str) -> httpx.Response:
+    return httpx.Response(503, json={"error": {"kind": kind, "message": "because"}, "request_id": "1"})
+
+
+OF_OTHERS = [  # a load balancer's
+    httpx.Response(502),
+    httpx.Response(503, text="no backend"),
+    httpx.Response(503, json={"error": "no backend"}),
+    httpx.Response(503, json=["overloaded"]),
+    httpx.Response(429, headers={"Retry-After": "1"}),
+]
+
+
+@pytest.mark.parametrize("trouble", [told("lost"), told("failed"), *OF_OTHERS])
+@pytest.mark.parametrize("path", ["/v1/batches", "v1/batches/"])
+def test_a_batch_that_may_have_begun_is_not_begun_again(trouble: httpx.Response, path: str) -> None:
+    client, seen = scripted(trouble, ok())
+    with pytest.raises(ServiceError, match=str(trouble.status_code)):
+        client.request("post", path, json={})
     assert len(seen) == 1
-    assert client.models() == [{"name": "tiny"}]
-    client, seen = scripted(httpx.Response(503, json=lost), httpx.Response(503, json=BUSY), ok())
-    client.models()
-    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", ["overloaded", "starting", "stopping", "short"])
+def test_a_batch_that_was_not_begun_is_asked_for_again(kind: str) -> None:
+    client, seen = scripted(told(kind), ok())
+    client.request("POST", "/v1/batches", json={})
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("trouble", [told("lost"), told("overloaded"), *OF_OTHERS])
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/batches"), ("GET", "/v1/models"), ("POST", "/v1/segment")])
+def test_what_begins_nothing_is_asked_for_again(trouble: httpx.Response, method: str, path: str) -> None:
+    client, seen = scripted(trouble, ok())
+    client.request(method, path)
+    assert len(seen) == 2
 
 
 def test_a_service_that_stays_busy_is_an_error_of_one_line() -> None:
@@ -114,9 +139,10 @@ def test_segment(service: Service, tmp_path: Path) -> None:
         with pytest.raises(BadSample, match=r"none\.png"):
             client.segment(["none.png"], ["red ring"])
         [alone] = client.segment([b"no picture"], ["red ring"])
-    assert (first.name, first.error, first.model.split()[0]) == ("a.png", None, "tiny")
-    assert alone.error
-    assert second.error
+    assert (first.name, first.error, first.kind, first.model.split()[0]) == ("a.png", None, None, "tiny")
+    for refused in (alone, second):
+        assert refused.error
+        assert refused.kind == "picture"
     good, empty = first.phrases
     assert good.mask.shape == (64, 64)
     assert good.mask.sum() == good.area
