@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
@@ -20,7 +21,7 @@ from rlfseg.config import LimitsConfig
 from rlfseg.errors import BadSample
 from serve.guard import FORM
 from serve.refusal import Refusal
-from serve.schema import Options, SegmentRequest
+from serve.schema import BatchRequest, Options, SegmentRequest
 
 MOST_FIELDS, FIELD_BYTES = 100, 64 * 1024  # of a form, beside its files
 URL_SAFE = str.maketrans("-_", "+/", " \t\r\n")
@@ -74,6 +75,7 @@ async def read_request(request: Request, limits: LimitsConfig) -> tuple[Options,
 
 
 async def _read_form(request: Request, limits: LimitsConfig) -> tuple[Options, list[Source]]:
+    _check_charset(request.headers["content-type"])
     most = MOST_FIELDS + limits.phrases
     async with request.form(max_files=limits.images, max_fields=most, max_part_size=FIELD_BYTES) as form:
         fields: dict[str, Any] = {}
@@ -92,6 +94,13 @@ async def _read_form(request: Request, limits: LimitsConfig) -> tuple[Options, l
     if "images" in fields or not sources:
         raise Refusal("invalid", "images: send one or more files with a file name, as in `-F images=@a.jpg`")
     return validate(Options, fields), sources
+
+
+def _check_charset(content_type: str) -> None:
+    """The parser of forms takes any codec by its name: some raise errors of their own, some make half characters."""
+    _, options = parse_options_header(content_type)
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):
+        raise Refusal("media_type", "content-type: forms are sent in UTF-8; leave `charset` away")
 
 
 def validate(kind: type[T], data: bytes | dict[str, Any]) -> T:
@@ -123,13 +132,18 @@ def _check(options: Options, pictures: int, limits: LimitsConfig) -> None:
         raise Refusal("invalid", f"images: {pictures} are more than {limits.images}, the most of one request")
     if len(options.phrases) > limits.phrases:
         raise Refusal("invalid", f"phrases: {len(options.phrases)} are more than {limits.phrases}")
-    if options.steps > limits.steps:
-        raise Refusal("invalid", f"steps: {options.steps} is more than {limits.steps}")
-    if options.rescale != "none" and options.steps != 1:
-        raise Refusal("invalid", f"steps: {options.steps} with rescale {options.rescale}, which needs a single step")
+    check_steps(options, limits)
     faults = [phrase_fault(p, limits) for p in options.phrases]
     if all(faults):
         raise Refusal("invalid", f"phrases: {faults[0]}")
+
+
+def check_steps(asked: Options | BatchRequest, limits: LimitsConfig) -> None:
+    """Raises Refusal where there are too many, or more than the one that AOS and HSS scale."""
+    if asked.steps > limits.steps:
+        raise Refusal("invalid", f"steps: {asked.steps} is more than {limits.steps}")
+    if asked.rescale != "none" and asked.steps != 1:
+        raise Refusal("invalid", f"steps: {asked.steps} with rescale {asked.rescale}, which needs a single step")
 
 
 def phrase_fault(phrase: str, limits: LimitsConfig) -> str | None:

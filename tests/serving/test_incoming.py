@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from starlette.requests import Request
 
 from rlfseg.config import LimitsConfig
 from rlfseg.images import image_to_tensor
 from serve import incoming
-from serve.incoming import Source, decode, from_base64, phrase_fault, validate
+from serve.incoming import Source, decode, from_base64, phrase_fault, read_request, validate
 from serve.refusal import Refusal
 from serve.schema import Options, SegmentRequest
 from tests.serving.harness import png, scene
@@ -33,6 +35,52 @@ def test_what_is_not_base64_is_refused_by_field(text: str) -> None:
     with pytest.raises(Refusal, match=r"images\[0\]\.data: not base64") as refusal:
         from_base64(text, "images[0]")
     assert refusal.value.status == 422
+
+
+def form(content_type: bytes, filename: bytes = b"a.png") -> Request:
+    """A request with a picture and a phrase."""
+    parts = [
+        b'Content-Disposition: form-data; name="phrases"\r\n\r\nred ring',
+        b'Content-Disposition: form-data; name="images"; filename="' + filename + b'"\r\n\r\n' + b"picture",
+    ]
+    body = b"".join(b"--b\r\n" + part + b"\r\n" for part in parts) + b"--b--\r\n"
+
+    async def receive() -> dict[str, object]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return Request({"type": "http", "headers": [(b"content-type", content_type)]}, receive)
+
+
+@pytest.mark.parametrize("charset", [b"", b"; charset=utf-8", b'; charset="UTF-8"', b"; charset=UTF8"])
+def test_forms_are_utf8(charset: bytes) -> None:
+    request = form(b"multipart/form-data; boundary=b" + charset, "犬.png".encode())
+    options, [source] = asyncio.run(read_request(request, LIMITS))
+    assert (options.phrases, source) == (["red ring"], Source(name="犬.png", data=b"picture"))
+
+
+CHARSETS = [
+    b"undefined",
+    b"idna",
+    b"punycode",
+    b"unicode_escape",
+    b"utf-7",
+    b"latin-1",
+    b"hex",
+    b"none",
+    b"a\0b",
+    b'"\0"',
+]
+
+
+@pytest.mark.parametrize("charset", CHARSETS)
+@pytest.mark.parametrize(
+    "filename", [b"a.png", b"+2AA-.png", b"\\ud800.png", b"\xff.png"]
+)  # half a pair, half a letter
+def test_forms_in_anything_else_are_refused(charset: bytes, filename: bytes) -> None:
+    request = form(b"multipart/form-data; boundary=b; charset=" + charset, filename)
+    with pytest.raises(Refusal, match="UTF-8") as refusal:
+        asyncio.run(read_request(request, LIMITS))
+    assert refusal.value.status == 415
 
 
 def test_decoding() -> None:
