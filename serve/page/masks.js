@@ -71,12 +71,14 @@ function paeth(a, b, c) {
 /**
  * A mask's figures at a threshold: a pixel is mask where its score is above it.
  *
- * @returns {{area: number, score: number, spot: ?{x: number, y: number}}} Pixels; mean score inside, 0 where empty; the
- *   middle of the mask's thickest part, as a fraction of the picture, null where empty.
+ * @returns {{area: number, score: number, box: ?number[], spot: ?{x: number, y: number}}} Pixels; mean score inside, 0
+ *   where empty; [left, top, right, bottom) and the middle of the mask's thickest part, as a fraction of the picture, both
+ *   null where empty.
  */
 export function measure({ width, height, values }, threshold) {
   const bar = threshold * TOP;
   let [area, sum, sumX, sumY] = [0, 0, 0, 0];
+  let [left, top, right, bottom] = [width, height, 0, 0];
   for (let y = 0, p = 0; y < height; y++) {
     for (let x = 0; x < width; x++, p++) {
       if (values[p] > bar) {
@@ -84,12 +86,16 @@ export function measure({ width, height, values }, threshold) {
         sum += values[p];
         sumX += x;
         sumY += y;
+        if (x < left) left = x;
+        if (x >= right) right = x + 1;
+        if (y < top) top = y;
+        bottom = y + 1;
       }
     }
   }
-  if (!area) return { area, score: 0, spot: null };
+  if (!area) return { area, score: 0, box: null, spot: null };
   const spot = thickest(values, bar, width, height, sumX / area, sumY / area);
-  return { area, score: sum / area / TOP, spot };
+  return { area, score: sum / area / TOP, box: [left, top, right, bottom], spot };
 }
 
 /** The pixel farthest from what is outside, counting a king's steps, and of several the one nearest to (x0, y0). */

@@ -8,6 +8,7 @@ const ONE_STEP = { steps: 1, rescale: "none" };
 const $ = (id) => document.getElementById(id);
 
 let models = []; // as `GET /v1/models` lists them
+let listing = null; // promise of that list, null again once it has failed
 let picture = null; // promise of {name, blob, bitmap}: chosen
 let asked = null; // {picture, phrases, model}: what the panels answer
 let panels = [];
@@ -32,6 +33,8 @@ async function choose(file) {
   } catch {
     if (mine !== picture) return;
     picture = null;
+    $("preview").hidden = true;
+    $("chosen").textContent = "";
     fail(`This browser can't read ${file.name || "that"} as a picture.`);
   }
 }
@@ -66,6 +69,11 @@ async function ask() {
   if (!phrases.length) return fail("Say what to look for.", $("phrases"));
   const chosen = await picture.catch(() => null);
   if (!chosen) return; // `choose` has said why
+  try {
+    await listModels(); // at last, where there was no key yet, or no service
+  } catch (error) {
+    return fail(error.message);
+  }
   asked = { picture: chosen, phrases, model: models.length > 1 ? $("model").value : "" };
   panels = [];
   await answer();
@@ -147,7 +155,16 @@ function fail(text, field) {
   field?.focus();
 }
 
-async function listModels() {
+/** Asks for the models until it is told. */
+function listModels() {
+  listing ??= list().catch((error) => {
+    listing = null;
+    throw error;
+  });
+  return listing;
+}
+
+async function list() {
   const listed = JSON.parse(await call("v1/models"));
   models = listed.models;
   $("model").replaceChildren(...models.map(({ name }) => new Option(name, name)));

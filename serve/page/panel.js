@@ -25,11 +25,11 @@ export class Panel {
     const answer = JSON.parse(text);
     const entries = answer.images[0].phrases;
     const scores = await Promise.all(entries.map((e) => (e.status === "ok" ? readScores(e.mask.data) : null)));
-    return new Panel(asked, settings, { text, answer, entries, trip }, scores);
+    return new Panel(asked, settings, { answer, entries, trip }, scores);
   }
 
-  constructor(asked, settings, { text, answer, entries, trip }, scores) {
-    Object.assign(this, { asked, settings, image: answer.images[0] });
+  constructor(asked, settings, { answer, entries, trip }, scores) {
+    Object.assign(this, { asked, settings, answer, image: answer.images[0] });
     this.element = document.getElementById("panel").content.firstElementChild.cloneNode(true);
     this.find = (selector) => this.element.querySelector(selector);
     this.layers = entries.map((entry, i) => ({ entry, ...scores[i], colour: i, ...this.#row(entry, i) }));
@@ -42,7 +42,7 @@ export class Panel {
     this.element.setAttribute("aria-label", title(settings));
     this.#showTimes(answer.total_ms, trip);
     this.find(".png").addEventListener("click", () => this.#savePng());
-    this.find(".json").addEventListener("click", () => this.#save(new Blob([text], { type: "application/json" }), "json"));
+    this.find(".json").addEventListener("click", () => this.#saveJson());
     this.find(".copy").addEventListener("click", () => this.#copy());
     this.find(".original").addEventListener("click", () => saveAs(asked.picture.blob, asked.picture.name));
   }
@@ -145,6 +145,17 @@ export class Panel {
       context.fillText(`${phrase}: ${said}`, 3 * unit, y, width - 4 * unit);
     }
     this.#save(await sheet.convertToBlob(), "png");
+  }
+
+  /** The service's answer, with the figures that it would give at the threshold that is set. */
+  #saveJson() {
+    const now = ({ entry, figures }) => {
+      if (this.threshold === null || !figures) return entry;
+      const { score, area, box } = figures;
+      return { ...entry, score, area, box, threshold: this.threshold };
+    };
+    const answer = { ...this.answer, images: [{ ...this.image, phrases: this.layers.map(now) }] };
+    this.#save(new Blob([JSON.stringify(answer)], { type: "application/json" }), "json");
   }
 
   #save(blob, suffix) {

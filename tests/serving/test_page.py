@@ -32,6 +32,7 @@ from tests.serving.browser import (
     hand_over,
     masks_of,
     opened,
+    scores_of,
 )
 from tests.serving.harness import phrases_of, png, saved, scene
 
@@ -157,6 +158,18 @@ def test_what_is_no_picture_is_said(page: Page) -> None:
     expect(page.get_by_role("alert")).to_have_text("This browser can't read letter.png as a picture.")
 
 
+def test_a_file_that_is_none_leaves_no_old_picture_behind(page: Page) -> None:
+    hand_over(page, "drop", "one.png", png(scene(1)))
+    expect(page.locator("#preview")).to_be_visible()
+    hand_over(page, "drop", "letter.png", b"Dear all")
+    expect(page.locator("#preview")).to_be_hidden()
+    expect(page.locator("#chosen")).to_be_empty()
+    page.get_by_role("button", name="Segment").click()
+    expect(page.get_by_role("alert")).to_have_text("Choose a picture first.")
+    hand_over(page, "drop", "two.png", png(scene(2)))
+    expect(page.locator("#preview")).to_be_visible()
+
+
 # --- two ways side by side -----------------------------------------------------------------------------------------
 
 
@@ -233,9 +246,38 @@ def test_the_key_is_asked_for_and_stays_in_the_tab(browser: Browser, keyed: str)
             expect(other.get_by_role("dialog")).to_be_visible()
             other.keyboard.press("Escape")
             expect(other.get_by_role("alert")).to_have_text("This service needs an API key.")
+            hand_over(other, "drop", "one.png", png(scene(1)))
+            other.get_by_label("Phrases").fill(phrases_of(1)[0])
+            other.get_by_role("button", name="Segment").click()
+            give_key(other, PAGE_KEY)
+            other.get_by_role("status").filter(has_text="1 phrase on one.png").wait_for()
+            expect(other.get_by_text("Model: calibrated")).to_be_visible()
+            expect(other.get_by_label("Model")).to_be_visible()
 
 
 # --- to take away --------------------------------------------------------------------------------------------------
+
+
+def test_the_json_follows_the_slider(page: Page, asked: dict[str, Any], url: str) -> None:
+    """Its figures are those of the scores, and of the service where it is asked with that threshold."""
+    for threshold in (0.9, 0.97):
+        page.get_by_role("slider", name="Threshold").fill(str(threshold))
+        expect(page.locator("#limit")).to_have_text(f"{threshold:.2f}")
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Save JSON").click()
+        [saved_image] = json.loads(Path(download.value.path()).read_text())["images"]
+        again = asked_here(url, scene(1), phrases_of(1)[:2], {"threshold": str(threshold)})
+        masks = zip(scores_of(asked), masks_of(asked, threshold), strict=True)
+        for entry, own, other, (scores, mask) in zip(
+            saved_image["phrases"], asked["phrases"], again["phrases"], masks, strict=True
+        ):
+            rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
+            box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if mask.any() else None
+            figures = {"area": mask.sum(), "box": box, "threshold": threshold}
+            assert entry == own | figures | {"score": pytest.approx(scores[mask].mean() / 65535 if mask.any() else 0)}
+            assert {name: other[name] for name in figures} == figures
+            assert entry["area"] != own["area"]
+        assert {**saved_image, "phrases": asked["phrases"]} == asked
 
 
 def test_downloads_hold_what_is_seen(page: Page, asked: dict[str, Any], tmp_path: Path) -> None:

@@ -68,6 +68,25 @@ def test_errors_of_the_service_are_text(page: Page, asked: dict[str, Any]) -> No
     expect(alert).to_have_text("The service can't be reached.")
 
 
+def test_the_models_are_asked_for_again_after_a_503(browser: Browser, url: str) -> None:
+    problem = json.dumps({"error": {"kind": "starting", "message": "no front answers yet"}, "request_id": "7"})
+    with opened(browser, "about:blank") as page:
+        page.route("**/v1/models", lambda route: route.fulfill(status=503, body=problem))
+        page.goto(url)
+        alert = page.get_by_role("alert")
+        expect(alert).to_have_text("no front answers yet. (503 starting, request 7)")
+        hand_over(page, "drop", "one.png", png(scene(1)))
+        expect(page.locator("#preview")).to_be_visible()
+        page.get_by_label("Phrases").fill(phrases_of(1)[0])
+        with page.expect_response("**/v1/models"):
+            page.get_by_role("button", name="Segment").click()
+        expect(alert).to_have_text("no front answers yet. (503 starting, request 7)")
+        page.unroute_all()
+        ask_for(page, phrases_of(1)[0])
+        expect(page.get_by_text("Model: calibrated")).to_be_visible()
+        expect(page.get_by_label("Model")).to_have_value("calibrated")
+
+
 def test_phrases_are_text_and_one_that_fails_says_so(page: Page) -> None:
     hand_over(page, "drop", "<b>one</b>.png", png(scene(1)))
     markup = "<b onclick=alert(1)>ring</b>"
