@@ -122,8 +122,36 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return " and ".join(parts[: int(rng.integers(1, len(parts) + 1))] if rng.random() < 0.4 else parts)
 
 
+def write(
+    out: Path,
+    vae: AutoencoderKL,
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    unet: UNet2DConditionModel,
+) -> None:
+    """Writes the diffusers folder, with pictures of four prompts to look at."""
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=DDIMScheduler(**schedule()),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(out)
+    prompts = ["large red ring", "small blue star and large white square", "large striped green circle on the left", ""]
+    pictures = pipe(prompts, num_inference_steps=30, guidance_scale=3.0, height=64, width=64,
+                    generator=torch.Generator().manual_seed(0)).images  # fmt: skip
+    sheet = Image.new("RGB", (4 * 256, 256))
+    for n, picture in enumerate(pictures):
+        sheet.paste(picture.resize((256, 256)), (n * 256, 0))
+    sheet.save(out / "prompts.png")
+
+
 def main() -> None:
-    """Trains and writes the diffusers folder, with pictures of four prompts to look at."""
+    """Trains and writes the base."""
     p = parser(__doc__ or "", 25, "runs/tiny_world/base")
     p.add_argument("--vae", type=Path, default=Path("runs/tiny_world/vae"), help="folder of step 1")
     p.add_argument("--batch", type=int, default=24, help="scenes a step")
@@ -173,24 +201,7 @@ def main() -> None:
                 wrong = error(unseen, wrong_ids, every_time, seed=0).item()
             log(step=step, seconds=clock.elapsed, loss=loss.item(), held_out=right, held_out_wrong_text=wrong)
     average.copy_to(both)
-    pipe = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**schedule()),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(args.out)
-    prompts = ["large red ring", "small blue star and large white square", "large striped green circle on the left", ""]
-    pictures = pipe(prompts, num_inference_steps=30, guidance_scale=3.0, height=64, width=64,
-                    generator=torch.Generator().manual_seed(0)).images  # fmt: skip
-    sheet = Image.new("RGB", (4 * 256, 256))
-    for n, picture in enumerate(pictures):
-        sheet.paste(picture.resize((256, 256)), (n * 256, 0))
-    sheet.save(args.out / "prompts.png")
+    write(args.out, vae, text_encoder, tokenizer, unet)
     log(step=step, seconds=clock.elapsed, held_out=error(unseen, unseen_ids, every_time, seed=0).item())
 
 
