@@ -445,6 +445,38 @@ def stage_rows() -> World:
     return World(files=files, mutations={"rows.parquet": _of_table(tree)}, read=lambda f: verified(f / "rows.parquet"))
 
 
+def predictions(name: str, data: bytes, mutation: Mutation) -> World:
+    """Another system's predictions, as `evaluate` finds and reads them."""
+    known = pa.table({"id": ["30", "31"], "captions": [["dog", "a/b", "dog"], ["cat"]]})
+    tasks = {"30": ("1", "2", "3"), "31": (None,)}
+
+    def read(folder: Path) -> None:
+        from rlfseg.pipeline.predictions import LoadPredicted, find
+
+        load = LoadPredicted(folder, "scores", ["cat"])
+        for row in find(known, folder, ("cat",)).rows.to_pylist():
+            load(row, (HEIGHT, WIDTH), row["captions"], tasks[row["id"]])
+
+    return World(files={name: data, "m.png": MASK}, mutations={name: mutation}, read=read)
+
+
+def predicted_lines() -> World:
+    rows = [{"id": "30", "phrase": p, "png": "m.png", "task": t} for p, t in (("dog", 3), ("a/b", "2"), ("cat", "1"))]
+    data = b"".join(_dumped(row) + b"\n" for row in [*rows, {"id": 31, "phrase": "cat", "png": "m.png"}])
+    return predictions("predictions.jsonl", data, mutate.of_lines)
+
+
+def predicted_table() -> World:
+    data = b'id,phrase,png,task\r\n30,"dog",m.png,1\r\n30,a/b,m.png,\r\n31,cat,m.png,\r\n'
+    return predictions("predictions.csv", data, mutate.of_bytes)
+
+
+def predicted_masks() -> World:
+    mask = images.rle_encode(np.asarray(_picture("1")).astype(np.uint8))
+    tree = {"id": ["30", "31"], "captions": [["dog", "cat"], ["cat"]], "masks": [[mask, None], [mask]]}
+    return predictions("a.parquet", _parquet(pa.table(tree)), _of_table(tree))
+
+
 def index() -> World:
     row = {"id": "1", "shard": "a.h5", "height": 10, "width": 14, "captions": ["a"], "n_phrases": 1, "bytes": 5}
     table = pa.Table.from_pylist([row, {**row, "id": "2"}], schema=hdf5.INDEX_SCHEMA)
@@ -552,6 +584,9 @@ WORLDS: dict[str, Callable[[], World]] = {
     "parquet": asked,
     "embedded": embedded,
     "rows": stage_rows,
+    "predictions": predicted_lines,
+    "predicted": predicted_table,
+    "masks": predicted_masks,
     "index": index,
     "state": state,
     "card": card,
