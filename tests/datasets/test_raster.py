@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_outside_is_clipped() -> None:
 
 
 @pytest.mark.fault("raster-01", part="draw")
-@pytest.mark.fault("raster-02")
+@pytest.mark.fault("raster-02", part="others")
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize(
     "bad",
@@ -92,9 +93,14 @@ def test_a_degenerate_polygon_is_left_out_and_counted_wherever_it_stands(rule: R
         assert np.array_equal(found.mask, drawn([SQUARE], rule))
 
 
+@pytest.mark.fault("raster-02")
 @pytest.mark.parametrize("order", [1, -1])
 def test_four_numbers_are_no_box(order: int) -> None:
-    found = rasterise([[1, 1, 5, 5], [0, 0, 0, 9, 9, 9]][::order], SIZE, "pycocotools")
+    """pycocotools itself raises, or gives areas 45 and 0, by the order; ours drops one ring and says so."""
+    rings = [[1, 1, 5, 5], [0, 0, 0, 9, 9, 9]][::order]
+    with contextlib.suppress(TypeError):
+        assert coco.area(coco.frPyObjects(rings, *SIZE)).tolist() == [45, 0]
+    found = rasterise(rings, SIZE, "pycocotools")
     assert found.dropped == 1
     assert found.mask is not None
     assert found.mask.sum() == coco.area(coco.frPyObjects([[0, 0, 0, 9, 9, 9]], *SIZE))[0]
