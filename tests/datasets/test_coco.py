@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from rlfseg import hdf5
 from rlfseg.config import PrepareConfig
 from rlfseg.datasets import coco, cocostuff, records, sources
 from rlfseg.errors import BadSample, ConfigError, DataError
+from tests.blanks import complete
 
 # pycocotools 2.0.11 hands NumPy 2 an array in the old way.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -25,32 +27,53 @@ def settings(path: Path, source: Any = "coco", **more: Any) -> PrepareConfig:
     return PrepareConfig(out="unused", source=source, path=str(path), **more)
 
 
-@pytest.mark.parametrize(("split", "pictures", "missing"), [("val2017", 22, 58), ("train2017", 19, 61)])
-def test_every_real_category_is_pycocotools_union(
-    shared_data: Path, capsys: pytest.CaptureFixture[str], split: str, pictures: int, missing: int
+def photos(shared_data: Path) -> Path:
+    return shared_data / "coco_photos" / "images"
+
+
+@pytest.mark.parametrize(
+    ("split", "annotations", "crowds", "there"), [("val2017", 815, 11, 22), ("train2017", 705, 6, 19)]
+)
+def test_every_real_annotation_is_pycocotools_mask(
+    shared_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    split: str,
+    annotations: int,
+    crowds: int,
+    there: int,
 ) -> None:
+    """All 80 pictures of a file, blank where the photograph isn't at hand; drawn, written and read back."""
     path = shared_data / "coco_instances" / f"instances_{split}.json"
-    photos = shared_data / "coco_photos" / "images"
-    survey = sources.survey(settings(path, images=str(photos), on_error="skip"))
     truth = COCO(str(path))
     capsys.readouterr()
-    assert (len(survey.records), len(survey.refused)) == (pictures, missing)
-    crowds = seen = 0
-    for record in survey.records:
-        rows = truth.loadAnns(truth.getAnnIds(imgIds=int(record.id)))
-        sample, skipped, partly = records.load(record, survey.rule)
+    sizes = {image["file_name"]: (image["width"], image["height"]) for image in truth.imgs.values()}
+    folder = complete(tmp_path / "images", photos(shared_data), sizes)
+    survey = sources.survey(settings(path, images=str(folder)))
+    loaded = [records.load(records.Record.from_json(r.to_json()), survey.rule) for r in survey.records]
+    assert [(one.skipped, one.partly) for one in loaded] == [({}, {})] * 80
+    assert hdf5.write_shard(tmp_path / "0.h5", (one.sample for one in loaded)) == 80
+    reader, seen = hdf5.Reader(tmp_path), []
+    for image in truth.imgs:
+        rows = truth.loadAnns(truth.getAnnIds(imgIds=image))
+        sample = reader.verified("0.h5", str(image))
         names = {truth.cats[key]["name"] for key in {row["category_id"] for row in rows}}
         assert [p.caption for p in sample.phrases] == sorted(names, key=lambda n: truth.getCatIds(catNms=[n])[0])
-        assert (skipped, partly) == ({}, {})
         for phrase in sample.phrases:
             masks = [truth.annToMask(row) for row in rows if str(row["category_id"]) == phrase.task]
             assert np.array_equal(phrase.instances, masks)
             assert np.array_equal(phrase.mask, np.any(masks, axis=0))
-            seen += 1
-        crowds += sum(row["iscrowd"] for row in rows)
-    assert seen == {"val2017": 105, "train2017": 76}[split]
-    assert crowds == {"val2017": 5, "train2017": 1}[split]
-    assert f"missing: {missing} pictures are not on disk" in "\n".join(sources.notes(survey.report))
+        seen += rows
+    assert len(seen) == len(truth.anns) == annotations
+    assert sum(row["iscrowd"] for row in seen) == crowds
+    assert sum((photos(shared_data) / name).is_file() for name in sizes) == there
+
+
+def test_photographs_that_are_missing_are_counted(shared_data: Path) -> None:
+    path = shared_data / "coco_instances" / "instances_val2017.json"
+    survey = sources.survey(settings(path, images=str(photos(shared_data)), on_error="skip"))
+    assert (len(survey.records), len(survey.refused)) == (22, 58)
+    assert "missing: 58 pictures are not on disk" in "\n".join(sources.notes(survey.report))
 
 
 @pytest.fixture
@@ -186,22 +209,27 @@ def test_names_are_readable_and_differ() -> None:
     assert said == ["sky", "brick wall", "wood floor", "window blind", "tree"]
 
 
-@pytest.mark.parametrize(("split", "pictures"), [("val2017", 27), ("train2017", 26)])
-def test_every_real_label_map(shared_data: Path, split: str, pictures: int) -> None:
+@pytest.mark.parametrize("split", ["val2017", "train2017"])
+def test_every_real_label_map(shared_data: Path, tmp_path: Path, split: str) -> None:
+    """All 100 maps of a split, over blank pictures where the photograph isn't at hand; written and read back."""
     maps = shared_data / "native_formats" / "cocostuff_style" / "stuffthingmaps" / split
-    photos = shared_data / "coco_photos" / "images"
-    survey = sources.survey(settings(maps, "cocostuff", images=str(photos), on_error="skip"))
-    assert (len(survey.records), len(survey.refused)) == (pictures, 100 - pictures)
-    for record in survey.records:
-        sample, skipped, partly = sources.loader("cocostuff")(records.Record.from_json(record.to_json()), survey.rule)
-        values = np.asarray(Image.open(maps / f"{int(record.id):012}.png"))
+    truth = {path.stem: np.asarray(Image.open(path)) for path in sorted(maps.glob("*.png"))}
+    sizes = {f"{name}.jpg": values.shape[::-1] for name, values in truth.items()}
+    folder = complete(tmp_path / "images", photos(shared_data), sizes)
+    survey = sources.survey(settings(maps, "cocostuff", images=str(folder)))
+    load = sources.loader("cocostuff")
+    loaded = [load(records.Record.from_json(r.to_json()), survey.rule) for r in survey.records]
+    assert [(one.skipped, one.partly) for one in loaded] == [({}, {})] * 100
+    assert hdf5.write_shard(tmp_path / "0.h5", (one.sample for one in loaded)) == len(truth) == 100
+    reader = hdf5.Reader(tmp_path)
+    for name, values in truth.items():
+        sample = reader.verified("0.h5", str(int(name)))
         assert [int(p.task or 0) for p in sample.phrases] == [v + 1 for v in np.unique(values).tolist() if v != 255]
         assert sum(p.mask for p in sample.phrases).max() == 1  # every pixel has one label
         for phrase in sample.phrases:
             value = int(phrase.task or 0) - 1
             assert np.array_equal(phrase.mask, values == value)
             assert phrase.caption.split()[-1].rstrip("s") in cocostuff.LABELS[value].replace("-", " ")
-        assert (skipped, partly) == ({}, {})
 
 
 def test_a_value_that_is_no_label_and_a_map_of_another_size(tmp_path: Path) -> None:
