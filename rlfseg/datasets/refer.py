@@ -155,13 +155,13 @@ def _phrases(refs: Iterable[Tree], known: Annotations, path: Path) -> Iterator[t
         if image not in known.pictures:
             raise DataError(f"{path}, {where}: no image of {known.path} has id {image}")
         meant = _meant(ref, outlines, where, path)
-        objects = {"objects": tuple(outlines[key] for key in meant), "annotations": tuple(map(str, meant))}
+        objects, ids = tuple(outlines[key] for key in meant), tuple(map(str, meant))
         entries = []
         for k, sentence in enumerate(field(ref, "sentences", list, where, path)):
             here = f"{where}.sentences[{k}]"
             sent_id = field(as_object(sentence, here, path), "sent_id", int, here, path)
             text = field(sentence, "sent", str, here, path)
-            entries.append(Entry(caption=text, task=f"{ref_id}__{sent_id}", **objects))
+            entries.append(Entry(caption=text, task=f"{ref_id}__{sent_id}", objects=objects, annotations=ids))
         room -= sum(1 + len(entry.caption) for entry in entries)
         if room < 0:
             raise DataError(f"{path}, {where}: more text than the file has bytes; it is made to unfold")
@@ -173,7 +173,7 @@ def _meant(ref: Tree, outlines: dict[int, Outline], where: str, path: Path) -> l
     meant = ref.get("ann_id")
     if meant == [-1]:
         return []
-    ids = meant if isinstance(meant, list) else [meant]
+    ids: list[Any] = meant if isinstance(meant, list) else [meant]
     if unknown := [key for key in ids if not isinstance(key, int) or key not in outlines]:
         raise DataError(f"{path}, {where}: instances.json has no annotation {brief(unknown[0])}")
     return ids

@@ -129,10 +129,17 @@ def _cause(code: int, last: str, seconds: float) -> str:
 
 
 def _seen(file: str, sample_id: str, facts: dict[str, Any]) -> Seen:
-    of_phrases = {k: tuple(facts[k]) for k in ("captions", "areas", "instances")}
     height, width = facts["size"]
-    told = {k: facts[k] for k in ("coco_id", "attributes")}
-    return Seen(file=file, id=sample_id, size=(height, width), **told, **of_phrases)
+    return Seen(
+        file=file,
+        id=sample_id,
+        size=(height, width),
+        captions=tuple(facts["captions"]),
+        areas=tuple(facts["areas"]),
+        instances=tuple(facts["instances"]),
+        coco_id=facts["coco_id"],
+        attributes=facts["attributes"],
+    )
 
 
 # --- in the child ----------------------------------------------------------------------------------------------------

@@ -477,6 +477,16 @@ def predicted_masks() -> World:
     return predictions("a.parquet", _parquet(pa.table(tree)), _of_table(tree))
 
 
+def checked() -> World:
+    """Annotations as `verify` reads them, without their pictures."""
+    from rlfseg.pipeline.verify import verified
+
+    segments = {"image_id": 30, "file_name": "a.png", "segments_info": []}
+    tree = {**INSTANCES, "annotations": [*INSTANCES["annotations"], segments]}  # type: ignore[misc]
+    files = {"a.json": _dumped(tree)}
+    return World(files=files, mutations={"a.json": mutate.of_json}, read=lambda f: verified(f / "a.json"))
+
+
 def index() -> World:
     row = {"id": "1", "shard": "a.h5", "height": 10, "width": 14, "captions": ["a"], "n_phrases": 1, "bytes": 5}
     table = pa.Table.from_pylist([row, {**row, "id": "2"}], schema=hdf5.INDEX_SCHEMA)
@@ -584,6 +594,7 @@ WORLDS: dict[str, Callable[[], World]] = {
     "parquet": asked,
     "embedded": embedded,
     "rows": stage_rows,
+    "checked": checked,
     "predictions": predicted_lines,
     "predicted": predicted_table,
     "masks": predicted_masks,
