@@ -60,7 +60,9 @@ def run(config: CalibrateConfig) -> Summary:
         )
     )
     chosen = json.loads((out / "calibration.json").read_text())["chosen"]
-    adapter.write_card(folder, dataclasses.replace(card, **{k: chosen[k] for k in ("threshold", "eps_aos", "eps_hss")}))
+    calibrated = {k: chosen[k] for k in ("threshold", "eps_aos", "eps_hss")}
+    figures = {way: chosen[f"miou_{way}"] for way in ("one_step", "aos", "hss")}
+    adapter.write_card(folder, dataclasses.replace(card, calibration=figures, **calibrated))
     with tracking.Run.start(
         config.tracking,
         params=settings,
@@ -71,7 +73,18 @@ def run(config: CalibrateConfig) -> Summary:
         recorded.log_metrics({f"calibration/{k}": v for k, v in chosen.items()})
         for path in (out / "calibration.json", out / "calibration.png"):
             recorded.log_artifact(path, "calibration")
-    return Summary(**{**vars(summary), "figures": chosen})
+        model = _publish(recorded, folder, card.run_id, out)
+    notes = (*summary.notes, f"as an MLflow model: {model}") if model else summary.notes
+    return Summary(**{**vars(summary), "figures": chosen, "notes": notes})
+
+
+def _publish(recorded: tracking.Run, folder: Path, run_id: str, out: Path) -> str | None:
+    """Logs the adapter once more under its training: what MLflow has of it was logged before it was calibrated."""
+    if not (recorded.id and run_id):
+        return None
+    with tracking.Run.attach(recorded.uri, run_id, default_dir=out) as trained:
+        trained.log_artifacts(folder, "adapter")
+        return tracking.log_model_folder(trained, folder)
 
 
 class Calibrator:

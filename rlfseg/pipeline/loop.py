@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import ray
 import ray.train
 import torch
 from ray.train import CheckpointUploadMode
@@ -53,7 +54,7 @@ class Job:
         storage: Folder or URI of the checkpoints.
         name: Of the training among them.
         total_steps: Steps of the whole training.
-        data: Fingerprint of what is trained on.
+        data: What is trained on, for the adapter's card.
         uri: MLflow's address.
         run_id: The run; None where nothing is recorded.
     """
@@ -103,6 +104,7 @@ class Loop:
         self.state = TrainState(config, backbone, job.total_steps)
         self.store = Store(job.storage, job.name)
         self.recorded = tracking.Run.attach(job.uri, job.run_id if self.rank == 0 else None, default_dir=job.out)
+        self.load = _watched_machine(job) if context.get_local_rank() == 0 else tracking.Run("")
         self.held_out = _held_out(config, self.rank, self.world)
         share = len(range(self.rank, config.workers, self.world)) / config.workers
         self.meter = Meter(self.recorded, config, job.out if self.rank == 0 else None, share, self._from_all)
@@ -117,6 +119,7 @@ class Loop:
             while self.state.step_number < self.job.total_steps:
                 self._epoch()
         finally:
+            self.load.end()
             self.recorded.end()
 
     def _resume(self) -> None:
@@ -251,6 +254,12 @@ class Meter:
             with (self.out / CURVE).open("a") as lines:
                 lines.write(json.dumps({"step": step, **row}) + "\n")
         self.rows, self.start = [], now
+
+
+def _watched_machine(job: Job) -> tracking.Run:
+    """The training's run, kept open for the load of this node: the driver knows only its own machine's."""
+    node = ray.get_runtime_context().get_node_id()[:8]
+    return tracking.Run.attach(job.uri, job.run_id, node=node, default_dir=job.out)
 
 
 def _held_out(config: TrainConfig, rank: int, world: int) -> list[Labelled]:

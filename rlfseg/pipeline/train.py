@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import shutil
@@ -28,9 +29,11 @@ from rlfseg.pipeline.loop import SCORE, SHOWN_FIGURES, Job, read_curve, work
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
-from rlfseg.pipeline.sources import open_source
+from rlfseg.pipeline.sources import Source, open_source
 from rlfseg.pipeline.stages import Summary, check_budget, connect, our_cause
 from rlfseg.training import PROGRESS, STATE, binding
+
+logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = "300"  # of a group of workers; Ray's own is 60 and it would try for ever
 
@@ -77,7 +80,7 @@ def run(config: TrainConfig) -> Summary:
             storage=store.storage,
             name=store.name,
             total_steps=total,
-            data=source.fingerprint,
+            data=_described(config, source),
             uri=recorded.uri,
             run_id=recorded.id,
         )
@@ -173,6 +176,18 @@ def _cause(error: TrainingFailedError, job: Job) -> RlfsegError:
     )
 
 
+def _described(config: TrainConfig, source: Source) -> str:
+    """What is trained on, in a line for people: where it comes from, its splits and counts, its fingerprint."""
+    folder = Path(config.latents or config.samples or "")
+    prepared = Path(require_finished(folder)["identity"].get("samples", folder))
+    made = require_finished(prepared)["identity"] if (prepared / "_SUCCESS.json").is_file() else {}  # it may be gone
+    drawn = made.get("shapes", {}) if made.get("source") == "shapes" else {}
+    splits = [drawn["split"]] if drawn else made.get("splits") or ["all splits"]
+    origin = " ".join(filter(None, [made.get("source", "unknown source"), made.get("path"), ", ".join(splits)]))
+    images, phrases = len(source.captions), int(source.counts.sum())
+    return f"{origin}: {images:,} images, {phrases:,} phrases, by way of {folder} (fingerprint {source.fingerprint})"
+
+
 def _publish(job: Job, store: Store, recorded: tracking.Run) -> Row:
     """Copies the best whole checkpoint (the last, without validation) to `adapter` and records it."""
     target, step = job.out / "adapter", -1
@@ -190,7 +205,7 @@ def _publish(job: Job, store: Store, recorded: tracking.Run) -> Row:
         series = {k: ([r["step"] for r in curve], [r.get(k, math.nan) for r in curve]) for k in SHOWN_FIGURES}
         recorded.log_artifact(draw.curves(job.out / "curves.png", series), "curves")
     recorded.log_artifacts(target, "adapter")
-    model = tracking.log_model_folder(recorded, target, Path(adapter.__file__).with_name("pyfunc_model.py"))
+    model = tracking.log_model_folder(recorded, target)
     figures = {f"val_{k}": v for k, v in metrics.items()}
     return {"model": model, "run_id": job.run_id, "steps": job.total_steps, "step_of_adapter": step, "figures": figures}
 
@@ -206,6 +221,12 @@ def _tracked(config: TrainConfig, out: Path) -> tracking.Run:
     )
     if recorded.id:
         write_json(note, {"uri": recorded.uri, "run_id": recorded.id})
+        if recorded.uri.startswith("sqlite") and sum(node["Alive"] for node in ray.nodes()) > 1:
+            logger.warning(
+                "tracking.uri: %s is a file of this node, and there are others: a worker there records nothing here; "
+                "give a server's address in MLFLOW_TRACKING_URI",
+                recorded.uri,
+            )
     return recorded
 
 
