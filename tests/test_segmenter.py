@@ -144,9 +144,9 @@ def test_results_have_the_pictures_own_size(segmenter: Segmenter, size: tuple[in
 
 
 def test_mlflow_references_give_the_same_masks(
-    folder: Path, segmenter: Segmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, segmenter: Segmenter, migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"sqlite:///{shutil.copy(migrated, tmp_path)}"
     with tracking.Run.start(TrackingConfig(uri=uri), params={}, system_metrics=False) as run:
         run.log_artifacts(folder, "adapter")
         model = tracking.log_model_folder(run, folder, code_paths=())
