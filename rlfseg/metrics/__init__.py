@@ -3,7 +3,7 @@
     rlfseg     default.py    original size, one calibrated threshold; mean and overall IoU, P@k, AP, boundaries
     clipseg    clipseg.py    a square of 352 (LD-ZNet: 384), 49 thresholds, CLIPSeg's own AP
     phrasecut  referring.py  original size, strict P@k, both empty = 0, predictions that are missing
-    refer      referring.py  a square of 512, every sentence a sample
+    refer      referring.py  a square of 512 (LAVT: 480), every sentence a sample
     gres       referring.py  a square of 480, phrases that mean nothing in the picture
     semseg     semseg.py     per image the class with the highest score
 

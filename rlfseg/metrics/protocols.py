@@ -28,6 +28,7 @@ def measure(
     *,
     missing: bool = False,
     clipseg_side: int = clipseg.SIDE,
+    refer_side: int = REFER_SIDE,
 ) -> Additive:
     """Measures one phrase of one picture by a protocol, in that protocol's frame.
 
@@ -38,6 +39,7 @@ def measure(
         threshold: Score above which a pixel is mask; `clipseg` has its own.
         missing: There is no prediction, and `score` is all 0; only `phrasecut` tells that from an empty one.
         clipseg_side: Square of `clipseg`, in pixels.
+        refer_side: Square of `refer`, in pixels.
 
     Returns:
         Its sums.
@@ -53,5 +55,5 @@ def measure(
     if protocol == "phrasecut":
         return PhraseCut.of(None if missing else pred, truth)
     if protocol == "refer":
-        return Refer.of(*referring.to_square(pred, truth, REFER_SIDE))
+        return Refer.of(*referring.to_square(pred, truth, refer_side))
     return Gres.of(pred, truth, GRES_SIDE)

@@ -16,7 +16,7 @@ from rlfseg.metrics.masks import Mask, overlap, ratio
 from rlfseg.metrics.scores import Counts
 from rlfseg.metrics.sums import PRECISION_AT, UNIT, Additive, units, zeros
 
-REFER_SIDE = 512  # pixels, as VPD; LAVT has 480
+REFER_SIDE = 512  # pixels, as VPD; LAVT: 480
 GRES_SIDE = 480  # pixels, as ReLA
 GRES_PRECISION_AT = (0.7, 0.8, 0.9)
 
