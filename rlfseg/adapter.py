@@ -145,10 +145,10 @@ def weights_hash(base: Path) -> str:
 
 
 def version(folder: Path) -> str:
-    """A short hash of an adapter's weights and card: what changes any mask changes it."""
+    """A short hash of an adapter's weights, settings and card: what changes any mask changes it."""
     sums = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
-        if path.suffix in (".safetensors", ".yaml"):
+        if path.suffix in (".safetensors", ".yaml", ".json"):
             sums.update(path.read_bytes())
     return sums.hexdigest()[:12]
 
