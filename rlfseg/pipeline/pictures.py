@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,14 @@ class Pictures:
     fingerprint: str
 
 
-def find(source: str, phrases: list[str], column: str) -> Pictures:
+def find(source: str, phrases: list[str], column: str, *, pixels: int = images.MAX_PIXELS) -> Pictures:
     """Finds pictures without decoding any.
 
     Args:
         source: See the top of this file.
         phrases: To ask of every picture.
         column: Of Parquet files: text or lists of text, the phrases of each picture, asked before `phrases`.
+        pixels: Largest height times width of a picture that is a file or bytes.
 
     Returns:
         The pictures, each with at least one phrase but for those of HDF5 files, which tell when they are read.
@@ -79,12 +80,12 @@ def find(source: str, phrases: list[str], column: str) -> Pictures:
     if "HDF5 files" in kinds:
         return _made(_hdf5_rows(files), OfShards(Path("/"), phrases))
     if "pictures" in kinds:
-        return _made([{"id": file, "captions": phrases} for file in files], read_file)
+        return _made([{"id": file, "captions": phrases} for file in files], partial(read_file, pixels=pixels))
     listed = [row for file in files for row in _parquet_rows(file, column, needed=not phrases)]
     asked = [row | {"captions": [*row["captions"], *phrases]} for row in _merged(listed)]
     if not asked:
         raise ConfigError(f"images: {source} has no rows")
-    return _made(asked, read_embedded if "group" in asked[0] else read_file)
+    return _made(asked, partial(read_embedded if "group" in asked[0] else read_file, pixels=pixels))
 
 
 def _made(rows: list[Row], read: Callable[[Row], Asked]) -> Pictures:
@@ -150,21 +151,23 @@ def _bytes(url: str) -> bytes:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def read_file(row: Row) -> Asked:
+def read_file(row: Row, *, pixels: int = images.MAX_PIXELS) -> Asked:
     """Decodes the picture at the path or URL that is the row's id.
 
     Args:
         row: `id`, `captions`.
+        pixels: Largest height times width.
 
     Returns:
         Picture and phrases.
 
     Raises:
-        BadSample: It is missing or can't be decoded.
+        BadSample: It is missing, too large, or can't be decoded.
         DataError: Its server can't be reached.
     """
     place = row["id"]
-    return images.load_image(_bytes(place) if "://" in place else place, name=place), row["captions"]
+    source = _bytes(place) if "://" in place else place
+    return images.load_image(source, name=place, max_pixels=pixels), row["captions"]
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
@@ -221,17 +224,18 @@ def _embedded(file: str, group: int) -> pa.ChunkedArray:
         return pq.ParquetFile(opened).read_row_group(group, columns=["image"])["image"]
 
 
-def read_embedded(row: Row) -> Asked:
+def read_embedded(row: Row, *, pixels: int) -> Asked:
     """Decodes the picture whose file lies in a Parquet file, as bytes or as `{bytes, path}`.
 
     Args:
         row: `id`, `captions`, `file`, `group`, `row`.
+        pixels: Largest height times width.
 
     Returns:
         Picture and phrases.
 
     Raises:
-        BadSample: There are no bytes, or they can't be decoded.
+        BadSample: There are no bytes, they are too large a picture, or can't be decoded.
     """
     try:
         value = _embedded(row["file"], row["group"])[row["row"]].as_py()
@@ -240,7 +244,7 @@ def read_embedded(row: Row) -> Asked:
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
         raise BadSample("its `image` holds no bytes", file=row["id"])
-    return images.load_image(data, name=row["id"]), row["captions"]
+    return images.load_image(data, name=row["id"], max_pixels=pixels), row["captions"]
 
 
 # --- HDF5 ------------------------------------------------------------------------------------------------------------
@@ -289,4 +293,8 @@ class OfShards:
         if row.get("bad"):
             raise BadSample(row["bad"], file=row["shard"], sample=row["id"])
         image = self.reader.image(row["shard"], row["id"])
-        return image, self.phrases or [checked_phrase(c) for c in self.reader.captions(row["shard"], row["id"])]
+        captions = self.phrases or self.reader.captions(row["shard"], row["id"])
+        try:
+            return image, [checked_phrase(c) for c in captions]
+        except BadSample as error:
+            raise BadSample(error.reason, file=row["shard"], sample=row["id"]) from error

@@ -65,7 +65,7 @@ def run(config: PredictConfig) -> Summary:
     folder = adapter.resolve(config.adapter).absolute()
     card = adapter.read_card(folder)
     connect()
-    pictures = find(config.images, phrases, config.phrases_column)
+    pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
     settings = as_dict(config)
     return run_stage(
         Stage(
@@ -88,7 +88,7 @@ def run(config: PredictConfig) -> Summary:
             out=out,
             run=config.run,
             gpus=gpus_per_worker(config.run, config.device),
-            identity={k: settings[k] for k in ("images", "sampling", "threshold", "png", "overlays")}
+            identity={k: settings[k] for k in ("images", "sampling", "threshold", "pixels", "png", "overlays")}
             | {"phrases": phrases, "pictures": pictures.fingerprint, "adapter": adapter.version(folder)}
             | {"autoencoder": config.fast.autoencoder},
             on_error=config.on_error,

@@ -66,6 +66,17 @@ def test_folder_glob_and_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ]  # whole: a worker stands elsewhere
 
 
+def test_a_picture_may_have_so_many_pixels(folder: Path) -> None:
+    pq.write_table(pa.table({"image": [png(0), png(1)]}), folder.parent / "inside.parquet")
+    pq.write_table(pa.table({"path": ["photos/a.png", "photos/b.PNG"]}), folder.parent / "beside.parquet")
+    for source in (str(folder), str(folder.parent / "inside.parquet"), str(folder.parent / "beside.parquet")):
+        found = find(source, ASK, "phrases", pixels=4 * 9)
+        small, large = found.rows.to_pylist()
+        np.testing.assert_array_equal(found.read(small)[0], picture(0))
+        with pytest.raises(BadSample, match="9 x 5 pixels are more than the limit of 36"):
+            found.read(large)
+
+
 def test_a_folder_whose_name_looks_like_a_glob(folder: Path) -> None:
     odd = folder / "holiday [1]*"
     odd.mkdir()
