@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi import Path as InPath
@@ -37,6 +38,7 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # after an update its parts must fit together
 }
+T = TypeVar("T")
 BatchId = Annotated[str, InPath(pattern="^[0-9a-f]{32}$")]
 
 
@@ -71,7 +73,7 @@ def build_api(
     _add_errors(api, config, meters)
     _add_health(api, ready)
     _add_segment(api, config, catalog, work, ready, meters)
-    _add_batches(api, batches)
+    _add_batches(api, batches, config)
     _add_page(api)
     api.openapi = lambda: _openapi(api, needs_key=keys is not None)  # type: ignore[method-assign]
 
@@ -112,6 +114,10 @@ def _add_errors(api: FastAPI, config: ServeConfig, meters: Meters) -> None:
     @api.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:  # Starlette logs it
         return answer(request, Refusal("failed", "internal error; the server's log has it under this request's id"))
+
+
+def _late(config: ServeConfig) -> Refusal:
+    return Refusal("deadline", f"the request did not arrive within {config.limits.deadline_s:g} s")
 
 
 # --- health ----------------------------------------------------------------------------------------------------------
@@ -168,7 +174,7 @@ def _add_segment(
             async with asyncio.timeout_at(until):
                 options, sources = await read_request(request, config.limits)
         except TimeoutError:
-            raise Refusal("deadline", f"the request did not arrive within {config.limits.deadline_s:g} s") from None
+            raise _late(config) from None
         entry = catalog[options.model]
         catalog.check(entry, options.rescale)
         answer = _Answer(work, options, sources, entry, until=until, start=start, request=request, meters=meters)
@@ -221,19 +227,23 @@ class _Answer:
 # --- batches ---------------------------------------------------------------------------------------------------------
 
 
-def _add_batches(api: FastAPI, batches: Batches | None) -> None:
-    errors = problems(401, 404, 421, 422)
+def _add_batches(api: FastAPI, batches: Batches | None, config: ServeConfig) -> None:
+    errors = problems(401, 404, 421, 422, 500, 503)
+    threads = ThreadPoolExecutor(4, "batches")  # apart: they wait for disks and for Ray, and pictures must not
 
     def switched_on() -> Batches:
         if batches is None:
             raise Refusal("not_found", "batches are switched off: the service has no folder for them (batches.out)")
         return batches
 
+    async def apart(call: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(threads, call, *args)
+
     @api.post(
         "/v1/batches",
         status_code=202,
         summary="Start a batch job",
-        responses=errors | problems(413, 415, 503),
+        responses=errors | problems(413, 415, 504),
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -243,20 +253,24 @@ def _add_batches(api: FastAPI, batches: Batches | None) -> None:
     )
     async def create(request: Request) -> schema.Batch:
         jobs = switched_on()
-        asked = validate(schema.BatchRequest, await request.body())
-        return await asyncio.to_thread(jobs.create, asked)
+        try:
+            async with asyncio.timeout(config.limits.deadline_s):
+                body = await request.body()
+        except TimeoutError:
+            raise _late(config) from None
+        return await apart(jobs.create, await apart(validate, schema.BatchRequest, body))
 
     @api.get("/v1/batches", summary="All batches", responses=errors)
     async def listed() -> schema.Batches:
-        return schema.Batches(batches=await asyncio.to_thread(switched_on().list))
+        return schema.Batches(batches=await apart(switched_on().list))
 
     @api.get("/v1/batches/{batch_id}", summary="State and progress of a batch", responses=errors)
     async def get(batch_id: BatchId) -> schema.Batch:
-        return await asyncio.to_thread(switched_on().get, batch_id)
+        return await apart(switched_on().get, batch_id)
 
     @api.delete("/v1/batches/{batch_id}", summary="Cancel a batch", responses=errors)
     async def cancel(batch_id: BatchId) -> schema.Batch:
-        return await asyncio.to_thread(switched_on().cancel, batch_id)
+        return await apart(switched_on().cancel, batch_id)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------

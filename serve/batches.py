@@ -11,34 +11,52 @@ again: `predict` goes on from what is on disk.
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
+import shutil
 import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, Field
+from ray.exceptions import RayError
 
 from rlfseg.config import PredictConfig, SamplingConfig, ServeConfig, as_dict
-from rlfseg.pipeline.folders import require_finished, write_json
+from rlfseg.errors import DataError
+from rlfseg.pipeline.folders import read_json, require_finished, write_json
 from rlfseg.pipeline.stages import Committed, cpus_needed, gpus_per_worker
 from rlfseg.pipeline.submit import once_taken
-from serve.catalog import Catalog
+from serve.catalog import Catalog, Entry
+from serve.incoming import check_steps
 from serve.manifest import read_manifest
 from serve.refusal import Refusal
 from serve.schema import Batch, BatchRequest
 
 log = logging.getLogger("ray.serve")
-STATES = {"PENDING": "queued", "RUNNING": "running"}
+STATES = {"PENDING": "queued", "RUNNING": "running", "STOPPED": "cancelled"}
 LOST = "JOB_SUPERVISOR_ACTOR_DIED"  # the node of the driver went away
 MOST_STARTS = 10
-Record = dict[str, Any]
+
+
+class Record(BaseModel):
+    """What `batch.json` holds; `starts` counts the jobs that were submitted, the last of which is the batch's."""
+
+    id: str = Field(pattern="^[0-9a-f]{32}$")
+    model: str
+    images: int
+    created: str
+    starts: int = 0
+    end: Literal["failed", "cancelled"] | None = None
+    error: str | None = None
 
 
 class Jobs(Protocol):
@@ -73,7 +91,8 @@ class Batches:
         self.config, self.catalog, self.jobs, self.have = config, catalog, jobs, have
         self.out = Path(config.batches.out or "").absolute()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = threading.Lock()  # of this process: two requests must not both take the last free CPU
+        # Of all fronts: two must not take the last free CPU, nor one start a batch that the other cancels
+        self.lock = FileLock(self.out / ".lock", timeout=config.limits.deadline_s)
 
     def create(self, asked: BatchRequest) -> Batch:
         """Checks a batch, writes its folder and starts its job.
@@ -85,21 +104,190 @@ class Batches:
             The batch, queued.
 
         Raises:
-            Refusal: A path outside the roots, a wrong manifest, an unknown model, or too few CPUs or GPUs.
+            Refusal: A path outside the roots, a wrong manifest, an unknown model, too few CPUs or GPUs, or Ray does not
+                take the job; nothing of the batch is left then.
         """
         entry = self.catalog[asked.model]
         self.catalog.check(entry, asked.rescale)
-        if asked.rescale != "none" and asked.steps != 1:
-            raise Refusal("invalid", f"steps: {asked.steps} with rescale {asked.rescale}, which needs a single step")
+        check_steps(asked, self.config.limits)
         table = read_manifest(asked, self.config)
-        batch_id = uuid.uuid4().hex
-        folder = self.out / batch_id
-        settings = PredictConfig(
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        record = Record(id=uuid.uuid4().hex, model=entry.name, images=table.num_rows, created=created)
+        folder = self.out / record.id
+        settings = self._settings(asked, entry, folder)
+        with self._alone():
+            self._check_budget()
+            folder.mkdir()
+            try:
+                pq.write_table(table, folder / "manifest.parquet")
+                text = yaml.safe_dump(as_dict(settings), allow_unicode=True)
+                (folder / "config.yaml").write_text(text, encoding="utf-8")
+                self._write(record)
+                return self._batch(self._started(record), "queued")
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)  # what was refused must not be started later
+                raise
+
+    def get(self, batch_id: str) -> Batch:
+        """State and progress of a batch; raises Refusal where there is none."""
+        return self._batch(*self._settled(self._read(batch_id), self._known_jobs()))
+
+    def list(self) -> list[Batch]:
+        """All batches, newest first, without those whose folders are damaged: the log names them."""
+        found = []
+        for record, state in self._all():
+            try:
+                found.append(self._batch(record, state))
+            except (DataError, OSError, pa.ArrowException):
+                log.exception("batch %s is left out: its results are damaged", record.id)
+        return found
+
+    def cancel(self, batch_id: str) -> Batch:
+        """Stops a batch for good; one that has ended stays as it is.
+
+        Args:
+            batch_id: Of the batch.
+
+        Returns:
+            The batch; it is cancelled only once Ray has agreed to stop it.
+
+        Raises:
+            Refusal: There is none, or Ray does not stop it.
+        """
+        with self._alone():
+            record, known = self._read(batch_id), self._known_jobs()
+            if self._seen(record, known) in ("queued", "running", "lost"):
+                with _of_ray("stop the batch"):
+                    for name, job in known.items():
+                        if name.startswith(f"{record.id}-") and _status(job) in ("PENDING", "RUNNING"):
+                            self.jobs().stop_job(name)
+                record = self._ended(record, "cancelled")
+            return self._batch(*self._settled(record, known))
+
+    def resume(self) -> None:
+        """Starts what Ray has forgotten, when the service starts; raises Refusal while Ray does not take it all."""
+        lost = [record.id for record, state in self._all() if state == "lost"]
+        if lost:
+            raise Refusal("failed", f"Ray did not take {len(lost)} of the batches; the server's log has the cause")
+
+    # --- states ----------------------------------------------------------------------------------------------------
+
+    def _all(self) -> Iterator[tuple[Record, str]]:
+        known = self._known_jobs()
+        for record in sorted(self._records(), key=attrgetter("created"), reverse=True):
+            yield self._settled(record, known)
+
+    def _seen(self, record: Record, known: dict[str, Any]) -> str:
+        """The state that a record, its folder and Ray's jobs tell: one of `Batch`, or `lost`, to be started again."""
+        if record.end:
+            return record.end
+        if (self.out / record.id / "results" / "_SUCCESS.json").is_file():
+            return "succeeded"
+        job = known.get(_job(record))
+        if job is None or job.error_type == LOST:
+            return "lost" if record.starts < MOST_STARTS else "failed"
+        return STATES.get(_status(job), "failed")
+
+    def _settled(self, record: Record, known: dict[str, Any]) -> tuple[Record, str]:
+        """A record and its state, after what is lost was started again and an end was written down."""
+        state = self._seen(record, known)
+        if record.end or state in ("queued", "running", "succeeded"):
+            return record, state
+        try:
+            with self._alone():
+                record, known = self._read(record.id), self._known_jobs()  # as others have left them meanwhile
+                state = self._seen(record, known)
+                if state == "lost":
+                    return self._started(record), "queued"
+                if state in ("failed", "cancelled") and not record.end:
+                    record = self._ended(record, state, known.get(_job(record)))
+        except (Refusal, OSError):
+            log.exception("batch %s is %s, which is acted upon when it is next asked for", record.id, state)
+        return record, state
+
+    def _batch(self, record: Record, state: Any) -> Batch:
+        results = self.out / record.id / "results"
+        return Batch(
+            id=record.id,
+            state="queued" if state == "lost" else state,
+            model=record.model,
+            images=record.images,
+            done=Committed(results)(),
+            refused=len(require_finished(results).get("refused", ())) if state == "succeeded" else None,
+            results=str(results),
+            created=record.created,
+            error=record.error,
+        )
+
+    # --- changes, which only one makes at a time -------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Among all threads of all fronts."""
+        try:
+            with self.lock:
+                yield
+        except Timeout:
+            raise Refusal("overloaded", "other batches are being started or stopped; ask again later") from None
+
+    def _started(self, record: Record) -> Record:
+        file = self.out / record.id / "config.yaml"
+        command = shlex.join([sys.executable, "-m", "jobs.predict", "--config", str(file)])
+        record = record.model_copy(update={"starts": record.starts + 1})
+        with _of_ray("take the batch"):
+            try:
+                once_taken(lambda: self.jobs().submit_job(entrypoint=command, submission_id=_job(record)))
+            except RuntimeError:
+                # A front that died before it wrote this down has submitted it: the id is taken, and its job is this one
+                if _job(record) not in self._known_jobs():
+                    raise
+        self._write(record)
+        return record
+
+    def _ended(self, record: Record, end: str, job: Any = None) -> Record:
+        error = None
+        if end == "failed":
+            error = "its job was lost too often" if job is None or job.error_type == LOST else _cause(job.message)
+        record = record.model_copy(update={"end": end, "error": error})
+        self._write(record)
+        return record
+
+    def _known_jobs(self) -> dict[str, Any]:
+        with _of_ray("list its jobs"):
+            return {job.submission_id: job for job in self.jobs().list_jobs() if job.submission_id}
+
+    # --- records ---------------------------------------------------------------------------------------------------
+
+    def _records(self) -> Iterator[Record]:
+        for path in self.out.glob("*/batch.json"):
+            try:
+                yield self._read(path.parent.name)
+            except Refusal:
+                log.exception("%s is left out", path)
+
+    def _read(self, batch_id: str) -> Record:
+        path = self.out / batch_id / "batch.json"
+        if not path.is_file():
+            raise Refusal("not_found", f"batch {batch_id}: there is none")
+        try:
+            return Record.model_validate(read_json(path) | {"id": batch_id})
+        except ValueError as error:
+            reason = f"batch {batch_id}: its record is damaged; the server's log has the cause"
+            raise Refusal("failed", reason) from error
+
+    def _write(self, record: Record) -> None:
+        write_json(self.out / record.id / "batch.json", record.model_dump(exclude_none=True))
+
+    # --- settings and room -------------------------------------------------------------------------------------------
+
+    def _settings(self, asked: BatchRequest, entry: Entry, folder: Path) -> PredictConfig:
+        return PredictConfig(
             images=str(folder / "manifest.parquet"),
             out=str(folder / "results"),
             adapter=entry.reference,
             sampling=SamplingConfig(steps=asked.steps, rescale=asked.rescale),
             threshold=asked.threshold,
+            pixels=self.config.limits.pixels,
             png=asked.png,
             overlays=asked.overlays,
             device=self.config.device,
@@ -107,120 +295,12 @@ class Batches:
             run=self.config.batches.run,
             on_error="skip",
         )
-        with self.lock:
-            self._check_budget()
-            folder.mkdir()
-            pq.write_table(table, folder / "manifest.parquet")
-            (folder / "config.yaml").write_text(yaml.safe_dump(as_dict(settings), allow_unicode=True), encoding="utf-8")
-            record = {
-                "id": batch_id,
-                "model": entry.name,
-                "images": table.num_rows,
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "starts": 0,
-            }
-            self._write(record)
-            self._submit(record)
-        return self._batch(record, "queued")
-
-    def get(self, batch_id: str) -> Batch:
-        """State and progress of a batch; raises Refusal where there is none."""
-        return self._state(self._read(batch_id), self._known_jobs())
-
-    def list(self) -> list[Batch]:
-        """All batches, newest first."""
-        known = self._known_jobs()
-        return [self._state(record, known) for record in sorted(self._records(), key=_created, reverse=True)]
-
-    def cancel(self, batch_id: str) -> Batch:
-        """Stops a batch for good; one that has ended stays as it is. Raises Refusal where there is none."""
-        record = self._read(batch_id)
-        batch = self._state(record, self._known_jobs())
-        if batch.state not in ("queued", "running"):
-            return batch
-        record |= {"end": "cancelled"}
-        self._write(record)
-        try:
-            self.jobs().stop_job(_job(record))
-        except RuntimeError:
-            log.exception("batch %s: its job could not be stopped", batch_id)
-        return self._batch(record, "cancelled")
-
-    def resume(self) -> None:
-        """Starts what Ray has forgotten; called when the service starts."""
-        self.list()
-
-    # --- states ----------------------------------------------------------------------------------------------------
-
-    def _state(self, record: Record, known: dict[str, Any]) -> Batch:
-        if "end" in record:
-            return self._batch(record, record["end"])
-        if (self.out / record["id"] / "results" / "_SUCCESS.json").is_file():
-            return self._batch(record, "succeeded")
-        job = known.get(_job(record))
-        lost = job is None or job.error_type == LOST
-        if lost and record["starts"] < MOST_STARTS:
-            self._submit(record)
-            return self._batch(record, "queued")
-        status = str(getattr(job.status, "value", job.status)) if job is not None else "lost"
-        if status in STATES:
-            return self._batch(record, STATES[status])
-        record |= {"end": "failed", "error": _cause(job.message if job is not None else "its job was lost too often")}
-        self._write(record)
-        return self._batch(record, "failed")
-
-    def _batch(self, record: Record, state: Any) -> Batch:
-        results = self.out / record["id"] / "results"
-        return Batch(
-            id=record["id"],
-            state=state,
-            model=record["model"],
-            images=record["images"],
-            done=Committed(results)(),
-            refused=len(require_finished(results)["refused"]) if state == "succeeded" else None,
-            results=str(results),
-            created=record["created"],
-            error=record.get("error"),
-        )
-
-    def _submit(self, record: Record) -> None:
-        file = self.out / record["id"] / "config.yaml"
-        command = shlex.join([sys.executable, "-m", "jobs.predict", "--config", str(file)])
-        record["starts"] += 1
-        try:
-            once_taken(lambda: self.jobs().submit_job(entrypoint=command, submission_id=_job(record)))
-        except RuntimeError as error:
-            # Another front replica may have been quicker: the id then is taken, and its job is this one
-            if _job(record) not in self._known_jobs():
-                log.exception("batch %s could not be started", record["id"])
-                raise Refusal("failed", "Ray did not take the batch; the server's log has the cause") from error
-        self._write(record)
-
-    def _known_jobs(self) -> dict[str, Any]:
-        return {job.submission_id: job for job in self.jobs().list_jobs() if job.submission_id}
-
-    # --- records ---------------------------------------------------------------------------------------------------
-
-    def _records(self) -> Iterator[Record]:
-        for path in self.out.glob("*/batch.json"):
-            yield json.loads(path.read_text())
-
-    def _read(self, batch_id: str) -> Record:
-        path = self.out / batch_id / "batch.json"
-        if not path.is_file():
-            raise Refusal("not_found", f"batch {batch_id}: there is none")
-        return dict(json.loads(path.read_text()))
-
-    def _write(self, record: Record) -> None:
-        write_json(self.out / record["id"] / "batch.json", record)
-
-    # --- room ------------------------------------------------------------------------------------------------------
 
     def _check_budget(self) -> None:
         """Refuses a batch that would wait for CPUs or GPUs that the service itself or other batches hold."""
         config, run = self.config, self.config.batches.run
         replicas = config.max_replicas or config.replicas
-        active = sum(batch.state in ("queued", "running") for batch in self.list())
+        active = sum(state in ("queued", "running", "lost") for _, state in self._all())
         have = self.have()
         for kind, each, service in (
             ("CPU", cpus_needed(run, finish=True), replicas * config.cpus + config.fronts),
@@ -235,12 +315,22 @@ class Batches:
                 )
 
 
+@contextmanager
+def _of_ray(what: str) -> Iterator[None]:
+    """Trouble of Ray's job server, and on the way to it, as a refusal."""
+    try:
+        yield
+    except (RuntimeError, OSError, RayError) as error:  # OSError: of `requests`
+        log.exception("Ray did not %s", what)
+        raise Refusal("failed", f"Ray did not {what}; the server's log has the cause") from error
+
+
 def _job(record: Record) -> str:
-    return f"{record['id']}-{record['starts']}"
+    return f"{record.id}-{record.starts}"
 
 
-def _created(record: Record) -> str:
-    return str(record["created"])
+def _status(job: Any) -> str:
+    return str(getattr(job.status, "value", job.status))
 
 
 def _cause(message: str | None) -> str:

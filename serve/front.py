@@ -9,6 +9,7 @@ import time
 from typing import Any
 
 import ray
+import stamina
 import torch
 from fastapi import FastAPI
 from ray import serve
@@ -127,7 +128,7 @@ def _job_client() -> JobSubmissionClient:
 
 
 def _resume(batches: Batches) -> None:
-    try:
-        batches.resume()
-    except Refusal:
-        log.exception("batches could not be resumed")
+    """Until Ray has taken all of them: its job server may start later than this replica, and be away for a while."""
+    for attempt in stamina.retry_context(on=(Refusal, OSError), attempts=None, timeout=None, wait_max=60):
+        with attempt:
+            batches.resume()
