@@ -17,11 +17,11 @@ from fastapi.responses import FileResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 
 from rlfseg import __version__
-from rlfseg.config import ServeConfig
+from rlfseg.config import LimitsConfig, SamplingConfig, ServeConfig
 from serve import schema
 from serve.batches import Batches
 from serve.catalog import Catalog, Entry
-from serve.guard import FORM, JSON, Guard, Keys, problem, request_id
+from serve.guard import FORM, JSON, Door, Guard, Keys, problem, request_id
 from serve.incoming import Source, read_request, validate, wrong_fields
 from serve.meters import Meters
 from serve.refusal import STATUS, Refusal
@@ -64,12 +64,13 @@ def build_api(
         meters: What is counted.
 
     Returns:
-        An ASGI application.
+        An ASGI application; `state.door` closes it.
     """
     api = FastAPI(
         title="rlfseg", version=__version__, docs_url=None, redoc_url=None, separate_input_output_schemas=False
     )
-    api.add_middleware(Guard, config=config, keys=keys)
+    api.state.door = Door()
+    api.add_middleware(Guard, config=config, keys=keys, meters=meters, door=api.state.door)
     _add_errors(api, config, meters)
     _add_health(api, ready)
     _add_segment(api, config, catalog, work, ready, meters)
@@ -80,7 +81,7 @@ def build_api(
     @api.get("/v1/models", summary="The models that requests may name", responses=problems(401, 421))
     def models() -> schema.Models:
         limits = config.limits
-        asked = ("body_mb", "pixels", "images", "phrases", "phrase_chars", "steps", "deadline_s")
+        asked = ("body_mb", "pixels", "images", "phrases", "phrase_chars", "steps", "passes", "deadline_s")
         return schema.Models(models=catalog.listed(), limits={name: getattr(limits, name) for name in asked})
 
     return api
@@ -175,12 +176,22 @@ def _add_segment(
                 options, sources = await read_request(request, config.limits)
         except TimeoutError:
             raise _late(config) from None
+        _check_passes(options, config.limits)
         entry = catalog[options.model]
         catalog.check(entry, options.rescale)
         answer = _Answer(work, options, sources, entry, until=until, start=start, request=request, meters=meters)
         if options.stream:
             return StreamingResponse(answer.lines(), media_type=NDJSON)
         return await answer.whole(config)
+
+
+def _check_passes(options: Options, limits: LimitsConfig) -> None:
+    """Refuses what would keep the network from everybody else."""
+    steps = SamplingConfig().hss_steps if options.rescale == "hss" else options.steps
+    passes = len(options.phrases) * steps
+    if passes > limits.passes:
+        asked = f"{len(options.phrases)} phrases with {steps} steps"
+        raise Refusal("invalid", f"phrases, steps: {asked} are {passes} passes, more than {limits.passes}")
 
 
 class _Answer:
@@ -198,8 +209,8 @@ class _Answer:
         request: Request,
         meters: Meters,
     ):
-        self.pictures = work.pictures(sources, options, entry, until)
         self.start, self.meters, self.id = start, meters, request_id(request.headers)
+        self.pictures = work.pictures(sources, options, entry, request=self.id, until=until)
 
     async def whole(self, config: ServeConfig) -> Response:
         entries = sorted([entry async for entry in self.pictures], key=lambda entry: entry.index)
@@ -215,7 +226,7 @@ class _Answer:
         ok = failed = 0
         async for entry in self.pictures:
             ok, failed = ok + (entry.status == "ok"), failed + (entry.status == "error")
-            yield entry.model_dump_json() + "\n"
+            yield await asyncio.to_thread(entry.model_dump_json) + "\n"
         yield schema.StreamEnd(request_id=self.id, ok=ok, failed=failed, total_ms=self._end()).model_dump_json() + "\n"
 
     def _end(self) -> float:

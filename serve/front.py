@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 from typing import Any
 
 import ray
@@ -29,7 +28,6 @@ from serve.refusal import Refusal
 from serve.work import Work
 
 log = logging.getLogger("ray.serve")
-FRESH_S = 10.0  # a model that answered so recently is ready
 PROBE_S = 5.0
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 
@@ -42,7 +40,7 @@ class ModelClient:
     """
 
     def __init__(self, handle: DeploymentHandle[Any]):
-        self.handle, self.answered = handle, -FRESH_S
+        self.handle, self.answered = handle, False
 
     async def ask(self, name: str, ask: Ask) -> Answer:
         """Asks a model; a caller that is cancelled gives up its place.
@@ -66,15 +64,16 @@ class ModelClient:
         except BackPressureError:
             raise Refusal("overloaded", "too many pictures are waiting; ask again later") from None
         except GONE:
-            raise Refusal("overloaded", "the replica that worked on this is gone; ask again") from None
-        self.answered = time.monotonic()
+            self.answered = False
+            raise Refusal("lost", "the replica that worked on this is gone; ask again") from None
+        self.answered = True
         if isinstance(answer, Refusal):
             raise answer
         return answer
 
     async def ready(self) -> bool:
-        """Whether a model answers, or has just answered."""
-        if time.monotonic() - self.answered < FRESH_S:
+        """Whether a model has answered since the last one was lost; one that is busy may take long to answer again."""
+        if self.answered:
             return True
         response: Any = self.handle.ready.remote()
         try:
@@ -85,7 +84,7 @@ class ModelClient:
         except (TimeoutError, *GONE):
             response.cancel()
             return False
-        self.answered = time.monotonic()
+        self.answered = True
         return True
 
 
@@ -108,7 +107,7 @@ class Front:
         batches = Batches(config, catalog, _job_client, ray.cluster_resources) if config.batches.out else None
         if batches is not None:
             threading.Thread(target=_resume, args=[batches], daemon=True).start()
-        return build_api(
+        self.api = build_api(
             config,
             catalog=catalog,
             work=Work(config, catalog, self.model.ask, meters),
@@ -117,6 +116,11 @@ class Front:
             ready=self.model.ready,
             meters=meters,
         )
+        return self.api
+
+    async def drain(self) -> None:
+        """Takes no further requests, and returns once those in work are answered."""
+        await self.api.state.door.close()
 
 
 def _job_client() -> JobSubmissionClient:

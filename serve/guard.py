@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
+import re
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rlfseg.config import ServeConfig
 from rlfseg.errors import ConfigError
+from serve.meters import Meters
 from serve.refusal import Refusal
 from serve.schema import Fault, Problem
 
 log = logging.getLogger("ray.serve")
 HEALTH = ("/healthz", "/readyz")  # load balancers ask by address and without a key
 JSON, FORM = "application/json", "multipart/form-data"
+ID = re.compile("[A-Za-z0-9._-]{1,128}")
 MIB = 2**20
 
 
@@ -68,6 +72,19 @@ class Keys:
         self.digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
 
+class Door:
+    """Counts the requests inside; once it closes, nobody comes in any more."""
+
+    def __init__(self) -> None:
+        self.inside, self.open = 0, True
+
+    async def close(self) -> None:
+        """Returns when the last request is answered."""
+        self.open = False
+        while self.inside:
+            await asyncio.sleep(0.05)
+
+
 class Guard:
     """ASGI middleware around the whole API.
 
@@ -75,10 +92,12 @@ class Guard:
         app: What to guard.
         config: Settings of the service.
         keys: Valid keys; None: all may ask.
+        meters: Counts what is refused here.
+        door: Counts who is inside.
     """
 
-    def __init__(self, app: ASGIApp, *, config: ServeConfig, keys: Keys | None):
-        self.app, self.config, self.keys = app, config, keys
+    def __init__(self, app: ASGIApp, *, config: ServeConfig, keys: Keys | None, meters: Meters, door: Door):
+        self.app, self.config, self.keys, self.meters, self.door = app, config, keys, meters, door
         self.most_bytes = int(config.limits.body_mb * MIB)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,15 +105,23 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
+        headers = MutableHeaders(scope=scope)
+        headers["x-request-id"] = request_id(headers)  # the same one wherever it is asked for
         try:
-            self._check(scope["method"], scope["path"], headers)
+            self._check(scope["method"], scope["path"].removeprefix(scope.get("root_path", "")), headers)
         except Refusal as refusal:
+            self.meters.error(refusal.kind)
             await problem(refusal, request_id(headers), self.config.limits.retry_after_s)(scope, receive, send)
             return
-        await self.app(scope, _Counted(receive, self.most_bytes), send)
+        self.door.inside += 1
+        try:
+            await self.app(scope, _Counted(receive, self.most_bytes), send)
+        finally:
+            self.door.inside -= 1
 
     def _check(self, method: str, path: str, headers: Headers) -> None:
+        if not self.door.open and path != "/healthz":
+            raise Refusal("stopping", "the service is being stopped")
         if path not in HEALTH:
             self._check_host(headers.get("host", ""))
             if path != "/" and not path.startswith("/page/"):  # the page: links of other sites may lead to it
@@ -111,7 +138,7 @@ class Guard:
     def _check_caller(self, headers: Headers) -> None:
         if self.keys is not None and not self.keys.know(_given_key(headers)):
             raise Refusal("unauthorized", "give a valid API key: `Authorization: Bearer KEY` or `X-API-Key: KEY`")
-        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
+        if _is_of_another_site(headers):
             raise Refusal("host", "pages of other sites may not use this service")
 
     def _check_host(self, host: str) -> None:
@@ -154,13 +181,22 @@ def problem(refusal: Refusal, request: str, retry_after_s: int) -> JSONResponse:
 
 
 def request_id(headers: Headers) -> str:
-    """The id that Serve's proxy gave the request, or took from the client; it is in the logs and in every answer."""
-    return headers.get("x-request-id") or uuid.uuid4().hex
+    """The id that a request came with, if it may stand in logs, else a new one; it is in the logs and in the answer."""
+    given = headers.get("x-request-id", "")
+    return given if ID.fullmatch(given) else uuid.uuid4().hex
 
 
 def _given_key(headers: Headers) -> str:
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
+def _is_of_another_site(headers: Headers) -> bool:
+    """Whether a page of another site asks: browsers say so, or older ones the page's origin."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site not in ("none", "same-origin")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
 def _is_allowed(host: str, names: Iterable[str]) -> bool:

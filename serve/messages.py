@@ -16,12 +16,14 @@ class Ask:
     """A picture and its phrases, on their way to the network.
 
     Attributes:
+        request: Id of the request, for logs.
         key: Hash of the picture's file.
         square: float32 [3, R, R] in [-1, 1].
         phrases: None of them empty.
         sampling: How masks are sampled.
     """
 
+    request: str
     key: str
     square: NDArray[np.float32]
     phrases: tuple[str, ...]

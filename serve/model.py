@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlfseg import adapter
 from rlfseg.config import FastConfig, SamplingConfig, ServeConfig
-from rlfseg.errors import RlfsegError
+from rlfseg.errors import ModelError, RlfsegError
 from serve.messages import Answer, Ask
 from serve.refusal import Refusal
 
@@ -81,10 +81,11 @@ class Engine:
     def _isolated(self, loaded: Loaded, asks: dict[int, Ask]) -> dict[int, Answer | Refusal]:
         try:
             return dict(zip(asks, self._run(loaded, list(asks.values())), strict=True))
-        except (RlfsegError, RuntimeError, ValueError) as error:  # RuntimeError: torch's, out of memory among them
+        except Exception as error:  # whatever it ran into, the other pictures must not
             if len(asks) > 1:
                 return {n: a for one in asks.items() for n, a in self._isolated(loaded, dict([one])).items()}
-            log.exception("a picture failed in the network")
+            [ask] = asks.values()
+            log.exception("a picture of request %s failed in the network", ask.request)
             self.broken = self.broken or _is_fatal(error)
             refusal = Refusal("invalid", str(error)) if isinstance(error, RlfsegError) else Refusal("failed", FAILED)
             return dict.fromkeys(asks, refusal)
@@ -126,6 +127,26 @@ class Engine:
         return torch.stack([latents[key] for key in keys]).to(segmenter.backbone.device), known
 
 
+def warm_up(engine: Engine, loaded: Loaded) -> None:
+    """Runs the network once, so that who asks first does not wait for it.
+
+    Args:
+        engine: Of the replica.
+        loaded: The model.
+
+    Raises:
+        ModelError: It gives no scores; the log has the cause.
+    """
+    side = loaded.segmenter.backbone.resolution
+    black = -np.ones((3, side, side), np.float32)
+    ask = Ask(request="warm-up", key="", square=black, phrases=("warm-up",), sampling=SamplingConfig())
+    [answer] = engine([(loaded, ask)])
+    if isinstance(answer, Refusal):
+        raise ModelError(f"version {loaded.version} does not work: {answer.message}")
+    if not all(square.score.isfinite().all() for square in answer.squares):
+        raise ModelError(f"version {loaded.version} does not work: it gives NaN for a black picture")
+
+
 class Model:
     """The deployment; ready once its models are loaded and the network has run once.
 
@@ -149,12 +170,7 @@ class Model:
         self.batched = serve.batch(max_batch_size=config.batch_size, batch_wait_timeout_s=config.batch_wait_s)(answer)
         for name in reversed(list(config.models)[: config.resident]):  # the default last, so that it stays longest
             loaded = await self.load(name)
-        await asyncio.to_thread(self._warm_up, loaded)
-
-    def _warm_up(self, loaded: Loaded) -> None:
-        side = loaded.segmenter.backbone.resolution
-        black = -np.ones((3, side, side), np.float32)
-        self.engine([(loaded, Ask(key="", square=black, phrases=("warm-up",), sampling=SamplingConfig()))])
+        await asyncio.to_thread(warm_up, self.engine, loaded)
 
     async def segment(self, name: str, ask: Ask) -> Answer | Refusal:
         """Answers one picture, together with others that are waiting.
@@ -171,7 +187,7 @@ class Model:
             # model, even if that gives way to another meanwhile. Loading goes on though who asked first goes away
             loaded = await asyncio.shield(asyncio.ensure_future(self.load(name)))
         except RlfsegError:
-            log.exception("model %s can't be loaded", name)
+            log.exception("model %s can't be loaded for request %s", name, ask.request)
             return Refusal("failed", f"model {name!r} can't be loaded; the server's log has the cause")
         answer: Answer | Refusal = await self.batched((loaded, ask))
         return answer

@@ -17,6 +17,7 @@ STATUS = {
     "short": 503,  # the cluster lacks what a batch asks for
     "overloaded": 503,
     "starting": 503,
+    "stopping": 503,
     "lost": 503,  # the process that worked on it died
     "deadline": 504,
     "failed": 500,  # the network or a library failed

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TypeVar
 
@@ -22,6 +23,7 @@ from serve.refusal import Refusal
 from serve.schema import Fault, Found, ModelVersion, Options, Refused, Segmented, Timing, Unanswered
 
 log = logging.getLogger("ray.serve")
+PAUSE_S = 0.1
 THREADS = 4  # decoding and drawing take several times a picture's size in memory, each
 AskModel = Callable[[str, Ask], Awaitable[Answer]]
 Entries = list[Found | Unanswered]
@@ -48,6 +50,54 @@ class Room:
             self.left -= size
 
 
+class Admission:
+    """A request's way into the model's queue: once one of its pictures found a place, the others wait for theirs."""
+
+    def __init__(self) -> None:
+        self.asking, self.admitted = 0, False
+
+    async def __call__(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+        """Asks until there is a place; who asks sets the deadline.
+
+        Args:
+            ask: Asks about one picture; raises Refusal.
+
+        Returns:
+            Its answer.
+
+        Raises:
+            Refusal: The queue is full and has no place for the request, or the model refuses the picture.
+        """
+        while True:
+            self.asking += 1
+            try:
+                answer = await ask()
+                self.admitted = True
+                return answer
+            except Refusal as refusal:
+                if refusal.kind != "overloaded":
+                    raise
+                full = refusal
+            finally:
+                self.asking -= 1
+            while not self.admitted:
+                if not self.asking:
+                    raise full
+                await asyncio.sleep(PAUSE_S)  # another one of its pictures may have found a place
+            await asyncio.sleep(PAUSE_S)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shared:
+    """What the pictures of a request share."""
+
+    request: str
+    options: Options
+    entry: Entry
+    room: Room
+    admission: Admission = field(default_factory=Admission)
+
+
 class Work:
     """Pictures in, entries of an answer out.
 
@@ -63,7 +113,7 @@ class Work:
         self.threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1))
 
     async def pictures(
-        self, sources: Sequence[Source], options: Options, entry: Entry, until: float
+        self, sources: Sequence[Source], options: Options, entry: Entry, *, request: str, until: float
     ) -> AsyncIterator[Segmented | Refused]:
         """Each picture's entry as soon as it is there; stopping to listen gives up the rest.
 
@@ -71,18 +121,19 @@ class Work:
             sources: The pictures.
             options: Checked.
             entry: The model to ask.
+            request: Id of the request, for logs.
             until: Time of the event loop's clock by which all must be done.
 
         Yields:
             An entry a picture, in the order in which they get ready.
         """
         gate = asyncio.Semaphore(self.config.batch_size)  # a large request fills a batch, not the whole queue
-        room = Room(self.config.limits.answer_mb)
+        shared = Shared(request=request, options=options, entry=entry, room=Room(self.config.limits.answer_mb))
 
         async def one(index: int, source: Source) -> Segmented | Refused:
             try:
                 async with asyncio.timeout_at(until), gate:
-                    return await self._segmented(index, source, options, entry, room)
+                    return await self._segmented(index, source, shared)
             except TimeoutError:
                 refusal = Refusal("deadline", f"images[{index}]: not done within {self.config.limits.deadline_s:g} s")
             except Refusal as error:
@@ -103,18 +154,18 @@ class Work:
             for task in tasks:
                 task.cancel()
 
-    async def _segmented(self, index: int, source: Source, options: Options, entry: Entry, room: Room) -> Segmented:
-        limits, clock = self.config.limits, [time.perf_counter()]
+    async def _segmented(self, index: int, source: Source, shared: Shared) -> Segmented:
+        limits, options, entry, clock = self.config.limits, shared.options, shared.entry, [time.perf_counter()]
         picture = await self._in_thread(
             lambda: incoming.decode(source, f"images[{index}]", limits=limits, resolution=entry.card.resolution)
         )
         clock.append(time.perf_counter())
         good = tuple(p.strip() for p in options.phrases if not incoming.phrase_fault(p, limits))
         sampling = SamplingConfig(steps=options.steps, rescale=options.rescale)
-        ask = Ask(key=picture.key, square=picture.square, phrases=good, sampling=sampling)
-        answer = await self.ask(entry.name, ask)
+        ask = Ask(request=shared.request, key=picture.key, square=picture.square, phrases=good, sampling=sampling)
+        answer = await shared.admission(lambda: self.ask(entry.name, ask))
         clock.append(time.perf_counter())
-        entries = await self._in_thread(lambda: self._draw(picture, answer, options, room))
+        entries = await self._in_thread(lambda: self._draw(picture, answer, options, shared.room))
         clock.append(time.perf_counter())
         decode, asked, draw = (1000 * (b - a) for a, b in pairwise(clock))
         timing = Timing(

@@ -40,6 +40,8 @@ class LimitsConfig:
     """Characters of a phrase."""
     steps: PositiveInt = 50
     """Euler steps that a request may ask for."""
+    passes: PositiveInt = 160
+    """Phrases times steps (of HSS: 5): passes of each picture through the network, for which all others wait."""
     requests: PositiveInt = 64
     """Requests that a front replica works on at a time; as many may wait, and further ones are answered 503."""
     queue: PositiveInt = 64
@@ -113,6 +115,8 @@ class ServeConfig:
     """Address that `rlfseg serve` listens on; on a cluster Serve's own `http_options` decide."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port that `rlfseg serve` listens on."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Port at which the Ray of `rlfseg serve` exports metrics for Prometheus; 0: a free one, printed at the start."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -12,9 +12,13 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.routing import Mount
 
 from rlfseg.config import LimitsConfig, ServeConfig
+from rlfseg.results import Square
 from serve.api import build_api
 from serve.catalog import Catalog
 from serve.guard import Keys
@@ -153,6 +157,7 @@ def test_an_answer_that_grows_too_large_ends_in_errors(ask: AskModel) -> None:
         ({"rescale": "aos", "steps": 2}, "single step"),
         ({"rescale": "best"}, "rescale"),
         ({"output": "gif"}, "output"),
+        ({"steps": 41, "phrases": ["a"] * 4}, "4 phrases with 41 steps are 164 passes, more than 160"),
         ({"phrases": ["a"] * 5}, "5 are more than 4"),
         ({"phrases": [" "]}, "empty"),
         ({"images": [IMAGE] * 4}, "4 are more than 3"),
@@ -164,6 +169,14 @@ def test_what_cannot_be_asked(ask: AskModel, options: dict[str, Any], message: s
     reply = segment(build(ask), **options)
     assert reply.status_code == (404 if "model" in options else 422)
     assert message in reply.json()["error"]["message"]
+
+
+def test_passes_that_may_be_asked(ask: AskModel) -> None:
+    api = build(ask, limits=replace(LIMITS, passes=10))
+    assert segment(api, phrases=["a", "b"], steps=5).status_code == 200
+    assert kind(segment(api, phrases=["a", "b"], steps=6)) == (422, "invalid")
+    assert segment(api, phrases=["a", "b"], rescale="hss").json()["images"][0]["status"] == "ok"
+    assert "3 phrases with 5 steps are 15" in segment(api, phrases=["a", "b", "c"], rescale="hss").text
 
 
 def test_a_model_that_is_not_calibrated_does_not_rescale(ask: AskModel, tmp_path: Path) -> None:
@@ -187,6 +200,92 @@ def test_a_full_queue_is_503_and_says_when_to_come_back() -> None:
     reply = segment(build(failing(Refusal("overloaded", "full"))))
     assert kind(reply) == (503, "overloaded")
     assert reply.headers["retry-after"] == "2"
+
+
+class Queue:
+    """A model with room for few."""
+
+    def __init__(self, room: int):
+        self.room, self.inside, self.asked = room, 0, list[str]()
+
+    async def __call__(self, name: str, asked: Ask) -> Answer:
+        self.asked.append(asked.request)
+        if self.inside == self.room:
+            raise Refusal("overloaded", "full")
+        self.inside += 1
+        await asyncio.sleep(0.02)
+        self.inside -= 1
+        scores = Square(caption="", score=torch.zeros(64, 64), gamma=0.0, clipped=False, truncated=False)
+        version = {"version": "v", "threshold": 0.5, "cached": False, "batch": 1}
+        return Answer(squares=[scores] * len(asked.phrases), **version, encode_ms=1, network_ms=1)
+
+
+def test_pictures_of_an_admitted_request_wait_for_their_places() -> None:
+    queue, meters = Queue(1), Counted()
+    reply = segment(build(queue, limits=LimitsConfig(), meters=meters), [png(scene(n)) for n in range(6)])
+    assert [e["status"] for e in reply.json()["images"]] == ["ok"] * 6
+    assert len(queue.asked) > 6  # some met a full queue
+    assert meters.errors == {}
+
+
+def test_a_request_without_any_place_is_refused_at_once() -> None:
+    queue = Queue(0)
+    reply = segment(build(queue, limits=LimitsConfig()), [IMAGE] * 6)
+    assert kind(reply) == (503, "overloaded")
+    assert len(queue.asked) == 6
+
+
+def test_waiting_for_a_place_ends_at_the_deadline() -> None:
+    places = iter([True])
+
+    async def one_only(name: str, asked: Ask) -> Answer:
+        if next(places, False):
+            return await Queue(1)(name, asked)
+        raise Refusal("overloaded", "full")
+
+    reply = segment(build(one_only, limits=LimitsConfig(deadline_s=0.5)), [IMAGE] * 2)
+    entries = reply.json()["images"]
+    assert sorted(e["status"] if e["status"] == "ok" else e["error"]["kind"] for e in entries) == ["deadline", "ok"]
+
+
+def test_the_model_is_told_the_requests_id() -> None:
+    queue = Queue(8)
+    body = {"images": [{"data": base64_of(IMAGE)}] * 2, "phrases": ["a"]}
+    reply = call(build(queue), "POST", "/v1/segment", json=body, headers={"X-Request-ID": "ticket-4711"})
+    assert reply.json()["request_id"] == "ticket-4711"
+    assert queue.asked == ["ticket-4711"] * 2
+    for bad in (b"", b"\xff", b"a b", b"9" * 129):
+        reply = call(build(queue), "POST", "/v1/segment", json=body, headers={"X-Request-ID": bad})
+        assert reply.json()["request_id"] == queue.asked[-1] == queue.asked[-2]
+        assert len(queue.asked[-1]) == 32
+
+
+def test_a_closed_door_waits_for_those_inside() -> None:
+    left = asyncio.Event()
+
+    async def slow(name: str, asked: Ask) -> Answer:
+        await left.wait()
+        return await Queue(1)(name, asked)
+
+    async def go() -> None:
+        api = build(slow, limits=LimitsConfig())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(api), base_url="http://localhost") as client:
+            body = {"images": [{"data": base64_of(IMAGE)}], "phrases": ["a"]}
+            inside = asyncio.create_task(client.post("/v1/segment", json=body))
+            while not api.state.door.inside:
+                await asyncio.sleep(0.01)
+            closing = asyncio.create_task(api.state.door.close())
+            await asyncio.sleep(0.2)
+            assert not closing.done()
+            for method, path in (("POST", "/v1/segment"), ("GET", "/readyz")):
+                assert kind(await client.request(method, path, json=body)) == (503, "stopping")
+            assert (await client.get("/healthz")).status_code == 200
+            left.set()
+            assert (await inside).status_code == 200
+            await closing
+            assert api.state.door.inside == 0
+
+    asyncio.run(asyncio.wait_for(go(), 20))
 
 
 def test_a_deadline_is_504_and_gives_up_the_place() -> None:
@@ -338,8 +437,47 @@ def test_pages_of_other_sites_get_nothing(ask: AskModel) -> None:
         assert call(api, "GET", "/v1/models", headers={"Sec-Fetch-Site": site}).status_code == status
     preflight = {"Origin": "http://evil.org", "Access-Control-Request-Method": "POST"}
     reply = call(api, "OPTIONS", "/v1/segment", headers=preflight)
-    assert reply.status_code == 405
+    assert reply.status_code == 421
     assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),
+        ({"Origin": "http://localhost"}, 200),
+        ({"Origin": "https://localhost"}, 200),  # TLS ends before the service
+        ({"Origin": "http://evil.org"}, 421),
+        ({"Origin": "http://localhost:9000"}, 421),
+        ({"Origin": "http://localhost.evil.org"}, 421),
+        ({"Origin": "null"}, 421),
+        ({"Origin": "http://evil.org", "Sec-Fetch-Site": "cross-site"}, 421),
+        # A balancer may call us by another name than the browser knows, which compared them itself
+        ({"Origin": "https://a.org", "Sec-Fetch-Site": "same-origin"}, 200),
+    ],
+)
+def test_forms_of_other_sites_are_refused(ask: AskModel, headers: dict[str, str], status: int) -> None:
+    files = [("images", ("a.png", IMAGE))]
+    reply = call(build(ask), "POST", "/v1/segment", files=files, data={"phrases": "a"}, headers=headers)
+    assert reply.status_code == status
+
+
+def test_what_the_gate_refuses_is_counted(ask: AskModel, keys: Keys) -> None:
+    meters, key = Counted(), {"X-API-Key": "first-key"}
+    api = build(ask, keys=keys, meters=meters)
+    call(api, "GET", "/v1/models")
+    call(api, "GET", "/v1/models", headers={"Host": "evil.org"})
+    call(api, "POST", "/v1/segment", content=b"{}", headers=key | {"Content-Type": "text/plain"})
+    call(api, "POST", "/v1/segment", content=b"x" * 100_000, headers=key | {"Content-Type": "application/json"})
+    assert meters.errors == {"unauthorized": 1, "host": 1, "media_type": 1, "too_large": 1}
+
+
+def test_the_gate_knows_paths_below_a_prefix(ask: AskModel) -> None:
+    outer = Starlette(routes=[Mount("/bench", build(ask))])
+    assert call(outer, "GET", "/bench/healthz", headers={"Host": "evil.org"}).status_code == 200  # type: ignore[arg-type]
+    files = [("images", ("a.png", IMAGE))]
+    reply = call(outer, "POST", "/bench/v1/segment", files=files, data={"phrases": "a"})  # type: ignore[arg-type]
+    assert reply.status_code == 200
 
 
 def test_batches_take_json_alone(ask: AskModel) -> None:

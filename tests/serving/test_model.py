@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 
 from rlfseg.config import SamplingConfig
+from rlfseg.errors import ModelError
 from rlfseg.images import image_to_tensor
 from rlfseg.segmenter import Segmenter
 from serve.messages import Answer, Ask
-from serve.model import Engine, Loaded
+from serve.model import Engine, Loaded, warm_up
 from serve.refusal import Refusal
 from tests.serving.harness import scene
 
@@ -27,6 +29,12 @@ def loaded() -> Loaded:
     return found
 
 
+@pytest.fixture(autouse=True)
+def _log_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve, where a test has started it, keeps its log for itself."""
+    monkeypatch.setattr(logging.getLogger("ray.serve"), "propagate", True)
+
+
 @pytest.fixture
 def encoded(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many pictures each call of the autoencoder was given."""
@@ -38,7 +46,13 @@ def encoded(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def ask(index: int, phrases: tuple[str, ...] = PHRASES, **sampling: Any) -> Ask:
     square = image_to_tensor(scene(index), 64).numpy()
-    return Ask(key=f"scene {index}", square=square, phrases=phrases, sampling=SamplingConfig(**sampling))
+    return Ask(
+        request=f"request-{index}",
+        key=f"scene {index}",
+        square=square,
+        phrases=phrases,
+        sampling=SamplingConfig(**sampling),
+    )
 
 
 def scores(answer: Answer | Refusal) -> np.ndarray[Any, Any]:
@@ -96,8 +110,10 @@ def test_models_of_one_base_share_latents(loaded: Loaded, encoded: list[int]) ->
     assert (one.version, two.version) == (loaded.version, "other")
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("odd")])
-def test_what_fails_fails_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), ValueError("odd"), KeyError("a token"), OSError(5)])
+def test_what_fails_fails_alone(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
     squares = loaded.segmenter.squares
 
     def broken(z1: torch.Tensor, phrases: Any, **kwargs: Any) -> Any:
@@ -111,6 +127,10 @@ def test_what_fails_fails_alone(loaded: Loaded, monkeypatch: pytest.MonkeyPatch,
     assert isinstance(bad, Refusal)
     assert bad.kind == "failed"
     assert str(error) not in bad.message
+    [logged] = [r for r in caplog.records if r.exc_info]
+    assert "request-1" in logged.getMessage()
+    assert logged.exc_info
+    assert logged.exc_info[1] is error
     assert scores(good).shape == scores(also_good).shape == (2, 64, 64)
     assert not engine.broken
 
@@ -123,6 +143,26 @@ def test_a_broken_gpu_is_told_to_serve(loaded: Loaded, monkeypatch: pytest.Monke
     engine = Engine(1)
     engine([(loaded, ask(0))])
     assert engine.broken
+
+
+def test_a_model_that_works_gets_warm(loaded: Loaded) -> None:
+    warm_up(Engine(1), loaded)
+
+
+@pytest.mark.parametrize("wrong", [KeyError("unet"), float("nan")])
+def test_a_model_that_does_not_work_never_gets_ready(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, wrong: Exception | float
+) -> None:
+    encode = loaded.segmenter.backbone.encode
+
+    def broken(pictures: torch.Tensor) -> torch.Tensor:
+        if isinstance(wrong, Exception):
+            raise wrong
+        return encode(pictures) * wrong
+
+    monkeypatch.setattr(loaded.segmenter.backbone, "encode", broken)
+    with pytest.raises(ModelError, match=loaded.version):
+        warm_up(Engine(1), loaded)
 
 
 def test_nan_is_not_remembered(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
