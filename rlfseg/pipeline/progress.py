@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from types import TracebackType
 
 from rich.console import Console
@@ -24,30 +26,43 @@ class _Speed(ProgressColumn):
 
 
 class Progress:
-    """Shows how far a job is, how fast, and how long it will still take, once a second; silent where the output is no
-    terminal.
+    """Shows how far a job is, how fast, and how long it will take: a bar on a terminal, elsewhere a line a minute.
 
     Args:
         name: What is going on.
         total: Rows in all.
         count: Rows done so far; what is done at the start counts for no speed.
         unit: What a row is, in the plural.
+        tell: What else is to be said, now.
         every: Seconds between two looks.
-    """  # noqa: D205  two lines say it all
+        line_every: Seconds between two lines where the output is no terminal.
+    """
 
-    def __init__(self, name: str, *, total: int, count: Callable[[], int], unit: str = "images", every: float = 1.0):
-        self.count, self.every, self.stopped = count, every, threading.Event()
+    def __init__(
+        self,
+        name: str,
+        *,
+        total: int,
+        count: Callable[[], int],
+        unit: str = "images",
+        tell: Callable[[], str] = str,
+        every: float = 1.0,
+        line_every: float = 60.0,
+    ):
+        self.count, self.tell, self.every, self.line_every = count, tell, every, line_every
+        self.speed, self.stopped = _Speed(unit), threading.Event()
         console = Console(file=sys.stderr)
         self.bar = Bar(
             TextColumn("{task.description:10}"),
             BarColumn(),
             MofNCompleteColumn(),
-            _Speed(unit),
+            self.speed,
             TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[told]}"),
             console=console,
             disable=not console.is_terminal,
         )
-        self.task = self.bar.add_task(name, total=total, completed=count())
+        self.task = self.bar.add_task(name, total=total, completed=count(), told="")
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:
@@ -62,9 +77,22 @@ class Progress:
         """Shows the last state and stops."""
         self.stopped.set()
         self.thread.join()
-        self.bar.update(self.task, completed=self.count())
+        self._look()
         self.bar.stop()
 
     def _watch(self) -> None:
+        said = time.monotonic()
         while not self.stopped.wait(self.every):
-            self.bar.update(self.task, completed=self.count())
+            self._look()
+            if self.bar.disable and time.monotonic() - said >= self.line_every:
+                said = time.monotonic()
+                print(self._line(), file=sys.stderr, flush=True)
+
+    def _look(self) -> None:
+        self.bar.update(self.task, completed=self.count(), told=self.tell())
+
+    def _line(self) -> str:
+        task = self.bar.tasks[0]
+        to_go = f"{timedelta(seconds=round(task.time_remaining))} to go" if task.time_remaining is not None else ""
+        done = f"{task.description}: {task.completed:g} of {task.total:g} {self.speed.unit}"
+        return ", ".join(filter(None, [done, self.speed.render(task).plain, to_go, task.fields["told"]]))

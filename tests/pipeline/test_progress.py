@@ -1,4 +1,4 @@
-"""The progress line: on a terminal it tells rows, speed and time to go; in a log it says nothing."""
+"""The progress line: on a terminal it tells rows, speed and time to go; in a log it says a line a minute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def count():
     if n == 100:
         seen.set()
     return n
-with Progress("predict", total=120, count=count, every=0.01):
+with Progress("predict", total=120, count=count, tell=lambda: "loss 0.5", every=0.01{more}):
     seen.wait(30)
 """
 
@@ -44,16 +44,26 @@ def on_a_terminal(code: str) -> str:
 
 
 def test_a_terminal_sees_rows_speed_and_time_to_go() -> None:
-    said = on_a_terminal(JOB)
+    said = on_a_terminal(JOB.format(more=""))
     assert "predict" in said
     assert "100/120" in said
     assert re.search(r"\d+\.\d images/s", said)
     assert re.search(r"\d:\d\d:\d\d", said)
+    assert "loss 0.5" in said
 
 
-def test_a_log_sees_nothing() -> None:
-    done = subprocess.run([sys.executable, "-c", JOB], capture_output=True, text=True, check=True, timeout=60)
-    assert done.stdout == done.stderr == ""
+def in_a_log(more: str) -> list[str]:
+    job = [sys.executable, "-c", JOB.format(more=more)]
+    done = subprocess.run(job, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == ""
+    return done.stderr.splitlines()
+
+
+def test_a_log_sees_a_line_now_and_then() -> None:
+    assert in_a_log("") == []  # it is over within a minute
+    lines = in_a_log(", unit='steps', line_every=0.0")
+    assert lines[0].startswith("predict: 40 of 120 steps")
+    assert re.fullmatch(r"predict: 80 of 120 steps, \d+\.\d steps/s, \d:\d\d:\d\d to go, loss 0\.5", lines[2])
 
 
 def test_what_was_done_before_counts_for_no_speed() -> None:
