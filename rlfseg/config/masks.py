@@ -54,7 +54,7 @@ class EvaluateConfig:
     """Adapter to measure: `tiny`, a folder, `hf:owner/name@revision`, `models:/...` or `runs:/...`."""
     predictions: str | None = None
     """Predictions to measure instead: a folder of `predict`, `refine` or `prepare`, a folder ID/PHRASE.png of another
-    system, or a CSV or JSONL list of `id`, `phrase`, `png`."""
+    system, a CSV or JSONL list of `id`, `phrase`, `png`, or Parquet with COCO RLE (docs/evaluation.md)."""
     png_values: Literal["auto", "masks", "scores"] = "auto"
     """What those PNGs hold; `auto` sees it, and refuses a file that may be either."""
     base_only: bool = False
@@ -64,6 +64,8 @@ class EvaluateConfig:
     `semseg`, as a list or separated by commas; docs/evaluation.md says what each is."""
     clipseg_side: Literal[352, 384] = 352
     """For `clipseg`: side of the square in pixels; 352 as CLIPSeg, 384 as LD-ZNet."""
+    refer_side: Literal[480, 512] = 512
+    """For `refer`: side of the square in pixels; 512 as VPD, 480 as LAVT."""
     present_only: bool = False
     """For `semseg`: choose among the classes of the picture alone, not among all of the set."""
     resamples: Natural = 1000

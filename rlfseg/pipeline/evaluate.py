@@ -24,7 +24,8 @@ from rlfseg import adapter, images, metrics, tracking
 from rlfseg.config import EvaluateConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError, DataError
 from rlfseg.metrics import PROTOCOLS, Argmax, SemSeg
-from rlfseg.pipeline import report
+from rlfseg.pipeline import effective, report
+from rlfseg.pipeline.bases import fetch_base
 from rlfseg.pipeline.predictions import LoadPredicted, find
 from rlfseg.pipeline.rows import OK, Row, RowByRow, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, Samples, open_samples
@@ -38,11 +39,10 @@ if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks nee
 
 Score = NDArray[np.float32]
 
-MASK_THRESHOLD = 0.5  # for predictions already made, where none is given
 MAX_CLASSES = 2000  # of `semseg`: LVIS has 1,203
 IDENTITY = (
     *("adapter", "predictions", "png_values", "base_only", "sampling", "threshold"),
-    *("clipseg_side", "present_only", "resamples", "seed"),
+    *("clipseg_side", "refer_side", "present_only", "resamples", "seed"),
 )
 KNOWN = (*PROTOCOLS, "semseg")
 PARTS = ("captions", "tasks", "labels", "instances")  # of a phrase
@@ -92,49 +92,50 @@ def run(config: EvaluateConfig) -> Summary:
     samples, out = open_samples(config.samples), Path(config.out).absolute()
     classes = _classes(samples) if "semseg" in config.protocols else ()
     folder = adapter.resolve(config.adapter).absolute() if config.adapter else None
-    source = None if config.predictions is None else Path(config.predictions).absolute()
-    found = None if source is None else find(samples.rows, source, classes)
+    if folder is not None:
+        fetch_base(adapter.read_card(folder))
+    source = config.predictions
+    found = None if source is None else find(samples.rows, Path(source).absolute(), classes)
     settings, identity = as_dict(config), samples.identity
     identity |= {k: settings[k] for k in IDENTITY} | {"autoencoder": config.fast.autoencoder}
     identity |= {"protocol": list(config.protocols)}
-    identity |= {"card": None if folder is None else (folder / adapter.CARD).read_text()}
-    identity |= {"predicted": None if found is None else found.fingerprint}
+    what = effective.what(config, samples, folder, found)
+    identity |= {k: what.get(k) for k in ("adapter_version", "predictions_fingerprint")}
     connect()
     summary = run_stage(
         Stage(
             name="evaluate",
             rows=samples.rows if found is None else found.rows,
-            **_steps(config, samples, folder, source, classes),
+            **_steps(config, samples, folder, classes, what["threshold"]),
             schema=schema(config.protocols),
             out=out,
             run=config.run,
             identity=identity,
             on_error=config.on_error,
-            finalize=partial(report.write, config, out, classes, 0 if found is None else found.unused),
+            finalize=partial(report.write, config, out, what, classes, 0 if found is None else found.unused),
         )
     )
-    figures = report.figures(json.loads((out / "results.json").read_text()))
-    _record(config, out, folder, samples, figures)
-    return Summary(**{**vars(summary), "figures": figures})
+    results = json.loads((out / "results.json").read_text())
+    figures = report.figures(results)
+    _record(config, out, folder, samples, what, figures)
+    return replace(summary, figures=figures, notes=(*summary.notes, *results["notes"]))
 
 
 def _steps(
-    config: EvaluateConfig, samples: Samples, folder: Path | None, source: Path | None, classes: tuple[str, ...]
+    config: EvaluateConfig, samples: Samples, folder: Path | None, classes: tuple[str, ...], threshold: float
 ) -> dict[str, Any]:
     """What loads, works and finishes."""
     if folder is None:
-        assert source is not None
-        given = MASK_THRESHOLD if config.threshold is None else config.threshold
+        assert config.predictions is not None
+        source = Path(config.predictions).absolute()
         asked = () if config.present_only else classes
         return {
             "load": LoadTruth(samples, LoadPredicted(source, config.png_values, asked)),
             "work": RowByRow,
-            "kwargs": {"function": Measure(config, given, classes)},
+            "kwargs": {"function": Measure(config, threshold, classes)},
         }
-    card = adapter.read_card(folder)
-    threshold = card.threshold if config.threshold is None else config.threshold
     return {
-        "load": LoadTruth(samples, card.resolution),
+        "load": LoadTruth(samples, adapter.read_card(folder).resolution),
         "work": Scorer,
         "kwargs": {"config": config, "classes": classes, "reference": str(folder)},
         "finish": Measure(config, threshold, classes),
@@ -304,7 +305,8 @@ class Measure:
             "unused": row.get("unused", 0),
         }
         for protocol in self.config.protocols:
-            measure = partial(metrics.measure, protocol, clipseg_side=self.config.clipseg_side)
+            clipseg, refer = self.config.clipseg_side, self.config.refer_side
+            measure = partial(metrics.measure, protocol, clipseg_side=clipseg, refer_side=refer)
             if protocol in PROTOCOLS:
                 done[protocol] = [
                     measure(score, truth, self.threshold, missing=lost).vector()
@@ -329,13 +331,13 @@ class Measure:
 
 
 def _record(
-    config: EvaluateConfig, out: Path, folder: Path | None, samples: Samples, figures: dict[str, float]
+    config: EvaluateConfig, out: Path, folder: Path | None, samples: Samples, what: Row, figures: dict[str, float]
 ) -> None:
     """An MLflow run, linked to the training that made the adapter."""
     parent = adapter.read_card(folder).run_id if folder else ""
     tags = {"rlfseg.stage": "evaluate", "rlfseg.samples": str(samples.folder)}
     with tracking.Run.start(
-        config.tracking, params=as_dict(config), run_name=out.name, tags=tags, parent=parent or None
+        config.tracking, params=as_dict(config) | {"what": what}, run_name=out.name, tags=tags, parent=parent or None
     ) as recorded:
         recorded.log_metrics({f"test/{k}": v for k, v in figures.items()})
         for path in (*out.glob("*.png"), *out.glob("*.json"), *out.glob("results.md")):

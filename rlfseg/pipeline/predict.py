@@ -20,6 +20,7 @@ import pyarrow as pa
 from rlfseg import adapter, images
 from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError
+from rlfseg.pipeline.bases import fetch_base
 from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.pictures import Asked, find
 from rlfseg.pipeline.rows import OK, Row, Rows
@@ -64,6 +65,7 @@ def run(config: PredictConfig) -> Summary:
     out, phrases = Path(config.out).absolute(), _phrases(config)
     folder = adapter.resolve(config.adapter).absolute()
     card = adapter.read_card(folder)
+    fetch_base(card)
     connect()
     pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
     settings = as_dict(config)

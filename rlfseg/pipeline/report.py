@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlfseg import draw, images, metrics
-from rlfseg.config import EvaluateConfig
+from rlfseg.config import EvaluateConfig, flatten
+from rlfseg.datasets import sources
 from rlfseg.metrics import PROTOCOLS, Additive, ClipSeg, SemSeg, Sums
+from rlfseg.pipeline import effective
 from rlfseg.pipeline.folders import good_rows, identity_of, require_finished, write_json
 from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.samples import LoadSample, open_samples
@@ -51,8 +53,8 @@ def subsets_of(mask: NDArray[np.uint8], instances: int | None) -> list[str]:
     size = "empty" if not share else "small" if share < SMALL else "large" if share > LARGE else "mid"
     if not instances:
         return [f"size_{size}"]
-    number = "1" if instances == 1 else "2_4" if instances < 5 else "5_up"
-    return [f"size_{size}", f"instances_{number}"]
+    numbers = ["1"] if instances == 1 else ["2_up", "2_4" if instances < 5 else "5_up"]
+    return [f"size_{size}", *(f"instances_{number}" for number in numbers)]
 
 
 # --- sums ------------------------------------------------------------------------------------------------------------
@@ -103,12 +105,13 @@ def _add_up(out: Path, protocol: str, zero: Additive) -> tuple[Additive, dict[st
 # --- results ---------------------------------------------------------------------------------------------------------
 
 
-def write(config: EvaluateConfig, out: Path, classes: tuple[str, ...], unused: int, counts: Row) -> Row:
+def write(config: EvaluateConfig, out: Path, what: Row, classes: tuple[str, ...], unused: int, counts: Row) -> Row:
     """Adds all sums and writes what people look at.
 
     Args:
         config: Settings of the command.
         out: Its folder, with all rows written.
+        what: What was computed, and on what: of `effective.what`.
         classes: Of `semseg`.
         unused: Predictions that belong to no picture of the set.
         counts: What the stage has counted.
@@ -124,7 +127,7 @@ def write(config: EvaluateConfig, out: Path, classes: tuple[str, ...], unused: i
     draws = metrics.draw_images(len(ranked), config.resamples, config.seed) if config.resamples and ranked else None
     # By id, not as they lie in the files: a job that went on, or had more workers, gives the same intervals
     number = {image: n for n, image in enumerate(sorted(image for _, image in ranked))}
-    results: Row = {"protocols": {}, "subsets": {}, "intervals": {}}
+    results: Row = {"what": what, "protocols": {}, "subsets": {}, "intervals": {}}
     sums: dict[str, Additive] = {}
     for protocol in config.protocols:
         zero = _zero(protocol, classes)
@@ -141,8 +144,11 @@ def write(config: EvaluateConfig, out: Path, classes: tuple[str, ...], unused: i
     results["bootstrap"] = {"resamples": config.resamples, "seed": config.seed, "level": 0.95, "unit": "image"}
     if "semseg" in sums:
         results["class_iou"] = dict(zip(classes, _numbers(sums["semseg"].iou()), strict=True))  # type: ignore[attr-defined]
-    results["denominator"] = _denominator(config, counts, seen, unused)
+    refused, told = _left_out(Path(config.samples).absolute())
+    results["denominator"] = _denominator(config, counts, seen, unused, refused, told)
+    results["notes"] = [*effective.notes(config, what), *(sources.notes(told) if told else ())]
     headline = {
+        "threshold": what["threshold"],
         "n_images": len(ranked),
         "n_refused": len(counts["refused"]),
         "n_gamma_clipped": sum(row["clipped"] for row in seen),
@@ -160,42 +166,44 @@ def _numbers(values: NDArray[np.float64]) -> list[float | None]:
     return [None if np.isnan(v) else float(v) for v in values]
 
 
-def _denominator(config: EvaluateConfig, counts: Row, seen: list[Row], unused: int) -> Row:
+def _denominator(
+    config: EvaluateConfig, counts: Row, seen: list[Row], unused: int, refused: dict[str, str], told: Row
+) -> Row:
     """What the figures are over, and what is not in them."""
-    refused, phrases, partly = _left_out(Path(config.samples).absolute())
     with_phrases = [row for row in seen if row["iou"]]
+    phrases: dict[str, str] = told.get("skipped", {})
     note: Row = {
         "n_evaluated": sum(len(row["iou"]) for row in seen),
         "n_images": len(with_phrases),
-        "n_images_without_phrases": len(seen) - len(with_phrases),
+        "n_images_without_phrases": len(seen) - len(with_phrases) + told.get("without_phrases", 0),
+        "n_images_excluded": len(told.get("excluded", ())),
         "n_skipped": len(counts["refused"]) + len(refused),
         "skipped_in_prepare": dict(Counter(refused.values())),
         "skipped_here": dict(Counter(counts["refused"].values())),
         "n_empty_phrases": sum(row["empty"] for row in seen),
         "n_phrases_skipped": len(phrases),
         "phrases_skipped_in_prepare": dict(Counter(phrases.values())),
-        "n_phrases_drawn_partly": len(partly),
+        "n_phrases_drawn_partly": len(told.get("partly", ())),
         "n_missing_predictions": sum(sum(row["missing"]) for row in seen),
         "n_unused_predictions": unused + sum(row["unused"] for row in seen),
+        "splits": told.get("splits", {}),
     }
     if "semseg" in config.protocols:
         note["semseg_classes_an_image"] = float(np.mean([row["n_classes"] for row in seen]))
     return note
 
 
-def _left_out(folder: Path) -> tuple[dict[str, str], dict[str, str], dict[str, str]]:
-    """Why images, phrases and parts of phrases are not in the samples: by `prepare`, and by `refine` after it."""
-    refused, phrases, partly = dict[str, str](), dict[str, str](), dict[str, str]()
+def _left_out(folder: Path) -> tuple[dict[str, str], Row]:
+    """Why images are not in the samples, by `prepare` and by `refine` after it; and all that `prepare` reports."""
+    refused, told = dict[str, str](), Row()
     for _ in range(2):
         if not (folder / "_SUCCESS.json").is_file():
             break
         state = require_finished(folder)
-        report = state.get("report") or {}
         refused |= state.get("refused", {})
-        phrases |= report.get("skipped", {})
-        partly |= report.get("partly", {})
+        told = state.get("report") or told
         folder = Path(str(identity_of(state, folder).get("samples", folder / "none")))
-    return refused, phrases, partly
+    return refused, told
 
 
 def figures(results: Row) -> dict[str, float]:
@@ -215,7 +223,8 @@ def figures(results: Row) -> dict[str, float]:
 
 
 def _markdown(results: Row) -> str:
-    text = ["# Results", "", "| protocol | mean IoU | overall IoU | samples |", "|---|---|---|---|"]
+    text = ["# Results", "", *(f"- {note}" for note in results["notes"]), *([""] if results["notes"] else [])]
+    text += ["| protocol | mean IoU | overall IoU | samples |", "|---|---|---|---|"]
     for protocol, own in results["protocols"].items():
         text.append(f"| {protocol} | {_mean(own)} | {_overall(own)} | {own.get('n_samples', own.get('n_images'))} |")
     for protocol, own in results["protocols"].items():
@@ -228,8 +237,9 @@ def _markdown(results: Row) -> str:
         for name, of_protocols in results["subsets"].items():
             own = of_protocols[first]
             text.append(f"| {name} | {_mean(own)} | {_overall(own)} | {own['n_samples']} |")
-    note = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in results["denominator"].items()}
-    text += ["", "## What the figures are over", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in note.items())]
+    over = {k: json.dumps(v) if isinstance(v, dict) else v for k, v in results["denominator"].items()}
+    for title, told in (("What was computed", flatten(results["what"])), ("What the figures are over", over)):
+        text += ["", f"## {title}", "", "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in told.items())]
     boot = results["bootstrap"]
     text += ["", f"Intervals: bootstrap over images, {boot['resamples']} resamples, seed {boot['seed']}.", ""]
     return "\n".join(text)

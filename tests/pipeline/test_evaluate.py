@@ -12,21 +12,28 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given as drawn_by
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from rlfseg import cli, hdf5, images, metrics
-from rlfseg.config import EvaluateConfig
-from rlfseg.errors import ConfigError
+from rlfseg import adapter, cli, hdf5, images, metrics
+from rlfseg.config import EvaluateConfig, PredictConfig
+from rlfseg.datasets import folder, records
+from rlfseg.errors import ConfigError, ModelError
 from rlfseg.metrics import PROTOCOLS, Argmax, PhraseCut, SemSeg
-from rlfseg.pipeline import evaluate, report
-from rlfseg.pipeline.evaluate import Measure, Scorer
+from rlfseg.pipeline import effective, evaluate, predict, report
+from rlfseg.pipeline.evaluate import LoadTruth, Measure, Scorer
 from rlfseg.pipeline.folders import begin, finish
+from rlfseg.pipeline.predictions import LoadPredicted, find
 from rlfseg.pipeline.rows import Row, RowByRow
+from rlfseg.pipeline.samples import Samples, open_samples
+from rlfseg.pipeline.stages import Stage
 from rlfseg.results import Square
 
 CLASSES = ("grass", "sky", "tree")
 ALL = (*PROTOCOLS, "semseg")
+WHAT = {"threshold": 0.5, "threshold_from": "a test", "truth": {"source": "drawn", "rasteriser": "pycocotools"}}
 
 
 def config(**settings: Any) -> EvaluateConfig:
@@ -70,7 +77,7 @@ def written(rows: list[Row], out: Path, settings: EvaluateConfig, files: int = 3
         table = pa.Table.from_pylist(done[n::files], schema=evaluate.schema(settings.protocols))
         pq.write_table(table, out / "data" / f"{n}.parquet")
     refused = {r["id"]: r["status"] for r in done if r["status"] != "ok"}
-    report.write(settings, out, CLASSES, 4, {"refused": refused})
+    report.write(settings, out, WHAT, CLASSES, 4, {"refused": refused})
     return dict(json.loads((out / "results.json").read_text()))
 
 
@@ -123,15 +130,33 @@ def test_subsets_add_up_to_the_whole(tmp_path: Path) -> None:
         (0, 0, ["size_empty"]),
         (0, None, ["size_empty"]),
         (19, 1, ["size_small", "instances_1"]),
-        (20, 2, ["size_mid", "instances_2_4"]),
-        (200, 4, ["size_mid", "instances_2_4"]),
-        (201, 5, ["size_large", "instances_5_up"]),
+        (20, 2, ["size_mid", "instances_2_up", "instances_2_4"]),
+        (200, 4, ["size_mid", "instances_2_up", "instances_2_4"]),
+        (201, 5, ["size_large", "instances_2_up", "instances_5_up"]),
     ],
 )
 def test_subsets_of_a_phrase(pixels: int, instances: int | None, names: list[str]) -> None:
     mask = np.zeros(1000, np.uint8)
     mask[:pixels] = 1
     assert report.subsets_of(mask.reshape(20, 50), instances) == names
+
+
+def phrasecut_subsets(share: float, boxes: int) -> set[str]:
+    """As the data set's `utils/subset.py` defines them; of "more than one" its text and its code differ."""
+    number = {"i_single": boxes == 1, "i_multi (text)": boxes > 1, "i_multi (code)": 1 < boxes < 5, "i_many": boxes > 4}
+    size = {"s_small": share < 0.02, "s_large": share > 0.2, "s_mid": 0.02 <= share <= 0.2}
+    return {name for name, inside in (number | size).items() if inside}
+
+
+@drawn_by(st.integers(1, 1000), st.integers(1, 9))
+def test_phrasecuts_subsets_are_among_ours(pixels: int, instances: int) -> None:
+    names = {
+        **{"instances_1": "i_single", "instances_2_up": "i_multi (text)", "instances_2_4": "i_multi (code)"},
+        **{"instances_5_up": "i_many", "size_small": "s_small", "size_mid": "s_mid", "size_large": "s_large"},
+    }
+    mask = (np.arange(1000) < pixels).astype(np.uint8)
+    ours = report.subsets_of(mask.reshape(20, 50), instances)
+    assert {names[own] for own in ours} == phrasecut_subsets(pixels / 1000, instances)
 
 
 def test_attributes_are_columns_with_few_texts_one_a_phrase() -> None:
@@ -180,6 +205,172 @@ def test_intervals_are_of_whole_images(tmp_path: Path) -> None:
         total, count = (draw.astype(float) @ [part[i] for part in sums] for i in (0, 1))
         means.append(total / count)
     assert got["intervals"]["phrasecut"]["miou"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=1e-9)
+
+
+@pytest.mark.fault("metric-09", part="results")
+def test_thresholds_are_in_the_results_and_each_is_one_for_the_whole_set(tmp_path: Path) -> None:
+    truth, rows = np.array([[1, 1, 0, 0]], np.uint8), []
+    for name, score in (("low", [0.3, 0.3, 0.1, 0.1]), ("high", [0.9, 0.9, 0.7, 0.7])):  # each alone could be perfect
+        own = {"id": name, "size": (1, 4), "captions": ["dog"], "labels": [truth], "subsets": [[]], "empty": 0}
+        rows.append(own | {"scores": [np.array([score], np.float32)], "others": []})
+    got = written(rows, tmp_path, config(protocol="rlfseg"))
+    assert (got["threshold"], got["what"]["threshold"], got["what"]["threshold_from"]) == (0.5, 0.5, "a test")
+    assert (got["miou"], got["best_miou"], got["best_threshold"]) == (0.25, 0.75, pytest.approx(0.1))
+    table = (tmp_path / "results.md").read_text()
+    assert "| threshold | 0.5 |\n| threshold_from | a test |" in table
+    assert report.figures(got)["threshold"] == 0.5
+
+
+def test_masks_that_are_not_drawn_as_phrasecuts_are_said_to_be_so(tmp_path: Path) -> None:
+    warning = "phrasecut: the true masks are drawn by pycocotools; PhraseCut's own figures are on masks drawn by pil"
+    got = written(made(0), tmp_path / "a", config(protocol="phrasecut"))
+    assert got["notes"] == [warning]
+    assert f"- {warning}" in (tmp_path / "a" / "results.md").read_text()
+    assert written(made(0), tmp_path / "b", config(protocol="refer"))["notes"] == []
+    pil = {"truth": {"rasteriser": "pil"}}
+    assert effective.notes(config(protocol="phrasecut"), pil) == ()
+    assert "not known to be drawn by pil" in effective.notes(config(protocol="phrasecut"), {"truth": {}})[0]
+
+
+def a_set(folder: Path, *phrases: hdf5.Labelled) -> Samples:
+    """A finished folder with one picture."""
+    begin(folder, {})
+    picture = np.full((*phrases[0].mask.shape, 3), 255, np.uint8)
+    hdf5.write_shard(folder / "a.h5", [hdf5.Sample(id="1", image=picture, phrases=phrases)], {"rasteriser": "pil"})
+    hdf5.build_index(folder)
+    finish(folder, {}, {})
+    return open_samples(folder)
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_an_empty_phrase_asks_for_nothing_and_is_counted(tmp_path: Path, with_adapter: bool) -> None:
+    masks = {c: np.full((4, 6), n % 2, np.uint8) for n, c in enumerate(("", "dog", " \t", "cat"))}
+    samples = a_set(tmp_path, *(hdf5.Labelled(caption=c, mask=m) for c, m in masks.items()))
+    (row,) = samples.rows.to_pylist()
+    source = 8 if with_adapter else LoadPredicted(tmp_path)
+    loaded = LoadTruth(samples, source)(row)
+    assert (loaded["captions"], loaded["empty"], len(loaded["subsets"])) == (["dog", "cat"], 2, 2)
+    assert [m.max() for m in loaded["labels"]] == [1, 1]
+    if with_adapter:
+        (loaded,) = Scorer(config(adapter="x"), segmenter=Echo())([loaded])  # type: ignore[arg-type]
+    else:
+        assert loaded["unused"] == 2  # the set's own empty phrases, as predictions
+    got = RowByRow(Measure(config(protocol="rlfseg"), 0.5))([loaded])[0]
+    assert (got["status"], len(got["iou"]), got["empty"]) == ("ok", 2, 2)
+    assert evaluate._classes(samples) == ("cat", "dog")
+
+
+@pytest.mark.fault("raster-10", part="evaluate")
+def test_every_coding_of_a_true_mask_gives_the_same_figures(tmp_path: Path) -> None:
+    mask = (np.arange(24).reshape(4, 6) % 5 < 2).astype(np.uint8)
+    codings = {
+        "bool.png": mask.astype(bool),
+        "one.png": mask,
+        "full.png": mask * 255,
+        "float.tiff": mask / np.float32(1),
+    }
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    for name, coded in codings.items():
+        Image.fromarray(coded).save(tmp_path / name)
+    Image.fromarray(mask.astype(np.uint16) * 60000 + 2000).save(tmp_path / "score.png")
+    lines = [{"id": "a.png", "phrase": name, "png": "score.png"} for name in codings]
+    (tmp_path / "theirs.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    lines = [{"image": "a.png", "phrase": name, "mask": name} for name in codings]
+    (tmp_path / "phrases.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (record,) = folder.plan(tmp_path / "phrases.jsonl").records
+    samples = a_set(tmp_path / "set", *records.load(record, "pil").sample.phrases)
+    index = samples.rows.set_column(0, "id", pa.array(["a.png"]))
+    (row,) = find(index, tmp_path / "theirs.jsonl").rows.to_pylist()
+    loaded = LoadTruth(samples, LoadPredicted(tmp_path / "theirs.jsonl"))(row | {"id": "1"})
+    done = Measure(config(protocol=tuple(PROTOCOLS)), 0.5)(loaded)
+    for protocol in PROTOCOLS:
+        assert len({vector.tobytes() for vector in done[protocol]}) == 1, protocol
+    assert done["iou"] == [1, 1, 1, 1]
+
+
+class Begun(Exception):
+    """The stage would run now."""
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> list[Stage]:
+    """What would be run, of a command that isn't."""
+    stages: list[Stage] = []
+
+    def run(stage: Stage) -> None:
+        stages.append(stage)
+        raise Begun
+
+    for module in (evaluate, predict):
+        monkeypatch.setattr(module, "run_stage", run)
+        monkeypatch.setattr(module, "connect", lambda: None)
+        monkeypatch.setattr(module, "gpus_per_worker", lambda *_: 0)
+    return stages
+
+
+def an_adapter(folder: Path, **card: Any) -> Path:
+    folder.mkdir()
+    adapter.write_card(folder, adapter.Card(**{"base": "tiny", "resolution": 64, "threshold": 0.37} | card))
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_what_an_adapter_computes_is_told_and_other_weights_are_another_job(tmp_path: Path, begun: list[Stage]) -> None:
+    a_set(tmp_path / "set", hdf5.Labelled(caption="dog", mask=np.ones((4, 6), np.uint8)))
+    held = an_adapter(tmp_path / "adapter", eps_aos=0.2)
+    settings = config(adapter=str(held), predictions=None, samples=str(tmp_path / "set"), sampling={"rescale": "aos"})
+    changes = (
+        ("adapter_model.safetensors", b"weights"),
+        ("adapter_model.safetensors", b"others"),
+        ("adapter_config.json", b"{}"),
+    )
+    for name, content in changes:  # the first changes nothing
+        with pytest.raises(Begun):
+            evaluate.run(settings)
+        (held / name).write_bytes(content)
+    with pytest.raises(Begun):
+        evaluate.run(settings)
+    first, same, *others = (stage.identity for stage in begun)
+    assert first == same
+    assert [{k for k in first if first[k] != other[k]} for other in others] == [{"adapter_version"}] * 2
+    assert len({other["adapter_version"] for other in others}) == 2
+    what = effective.what(settings, open_samples(tmp_path / "set"), held, None)
+    assert (what["threshold"], what["threshold_from"]) == (0.37, "the adapter's card, calibrated")
+    assert (what["adapter"], what["adapter_version"]) == (str(held), adapter.version(held))
+    assert (what["sampling"]["rescale"], what["sampling"]["eps"]) == ("aos", 0.2)
+    assert (what["clipseg_side"], what["refer_side"], what["present_only"]) == (352, 512, False)
+    assert what["truth"] == {"source": None, "rasteriser": "pil"}
+    assert begun[0].finish.threshold == 0.37  # type: ignore[union-attr]
+    given = config(adapter=str(held), predictions=None, samples=str(tmp_path / "set"), threshold=0.6)
+    what = effective.what(given, open_samples(tmp_path / "set"), held, None)
+    assert (what["threshold"], what["threshold_from"]) == (0.6, "--threshold")
+
+
+@pytest.mark.fault("ingest-06", part="driver")
+def test_a_base_of_the_hub_is_fetched_once_before_any_actor_begins(
+    tmp_path: Path, begun: list[Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a_set(tmp_path / "set", hdf5.Labelled(caption="dog", mask=np.ones((4, 6), np.uint8)))
+    Image.new("RGB", (6, 4)).save(tmp_path / "a.png")
+    held = str(an_adapter(tmp_path / "adapter", base="hf:nobody/nothing@1"))
+    measured = config(adapter=held, predictions=None, samples=str(tmp_path / "set"))
+    asked = PredictConfig(images=str(tmp_path / "a.png"), phrases=("dog",), adapter=held, out=str(tmp_path / "out"))
+    commands = (lambda: evaluate.run(measured), lambda: predict.run(asked))
+    for command in commands:
+        with pytest.raises(ModelError, match="hf:nobody/nothing@1 can't be downloaded and isn't in the cache"):
+            command()
+    assert not begun
+    fetched: list[str] = []
+
+    def fetch(repository: str, **_: Any) -> str:
+        fetched.append(repository)
+        return str(adapter.ASSETS / "base")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    for number, command in enumerate(commands, 1):
+        with pytest.raises(Begun):
+            command()
+        assert fetched == ["nobody/nothing"] * number
 
 
 def test_an_image_without_phrases_is_counted_and_breaks_nothing(tmp_path: Path) -> None:
@@ -355,9 +546,17 @@ def test_another_systems_scores_by_every_protocol(scenes: Path, capsys: pytest.C
     assert got["denominator"]["n_missing_predictions"] == whole["phrasecut"].n_missing == 1
     assert got["denominator"]["n_evaluated"] == got["n_samples"]
     assert {p.name for p in (scenes / "out").glob("*.png")} >= {"best.png", "worst.png", "precision_recall.png"}
-    capsys.readouterr()
+    what = got["what"]
+    assert (what["threshold"], what["threshold_from"]) == (0.5, "the default for predictions")
+    assert (what["predictions"], what["samples"]) == (str(scenes / "theirs"), str(scenes / "test"))
+    assert what["samples_fingerprint"] == open_samples(scenes / "test").fingerprint
+    assert what["truth"] == {"source": "shapes", "rasteriser": None}
+    warning = "phrasecut: the true masks are not known to be drawn by pil"
+    assert warning in capsys.readouterr().out
     assert cli.main("evaluate", flags) == 0
-    assert "10 of them done before" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "10 of them done before" in said
+    assert warning in said
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{scenes / 'mlflow.db'}")
@@ -366,6 +565,7 @@ def test_another_systems_scores_by_every_protocol(scenes: Path, capsys: pytest.C
     logged = client.search_runs([experiment.experiment_id])[0]
     assert logged.data.metrics["test/clipseg/ap_clipseg"] == got["protocols"]["clipseg"]["ap_clipseg"]
     assert logged.data.metrics["test/miou"] == got["miou"]
+    assert logged.data.metrics["test/threshold"] == float(logged.data.params["what.threshold"]) == 0.5
 
 
 @pytest.mark.timeout(1800)
@@ -408,19 +608,72 @@ def test_what_was_skipped_is_in_the_denominators_note(tmp_path: Path, ray: None)
     assert "n_skipped | 5" in (tmp_path / "out" / "results.md").read_text()
 
 
+@pytest.mark.timeout(1800)
+@pytest.mark.fault("raster-07", part="evaluate")
+@pytest.mark.fault("ingest-03", part="evaluate")
+@pytest.mark.parametrize(("rule", "area"), [("pil", 100), ("pycocotools", 81)])
+def test_what_prepare_draws_is_its_own_best_prediction_and_what_is_missing_is_told(
+    tmp_path: Path, ray: None, rule: str, area: int
+) -> None:
+    """A square with corners 0 and 9 in seven pictures of COCO's form, three of them not on disk; five more that are."""
+    (tmp_path / "images").mkdir()
+    for number in (*range(1, 5), *range(20, 25)):
+        Image.new("RGB", (30, 20)).save(tmp_path / "images" / f"{number}.png")
+    square = {"category_id": 1, "iscrowd": 0, "segmentation": [[0, 0, 0, 9, 9, 9, 9, 0]]}
+    tree = {
+        "images": [{"id": n, "file_name": f"{n}.png", "height": 20, "width": 30} for n in range(1, 8)],
+        "annotations": [square | {"id": n, "image_id": n} for n in range(1, 8)],
+        "categories": [{"id": 1, "name": "square"}],
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(tree))
+    places = [f"--path={tmp_path / 'mine.json'}", f"--images={tmp_path / 'images'}", f"--out={tmp_path / 'set'}"]
+    flags = ["--source=coco", "--on_error=skip", f"--rasteriser={rule}", *places]
+    assert cli.main("prepare", flags) == cli.REFUSED_SOME
+    places = [f"--samples={tmp_path / 'set'}", f"--predictions={tmp_path / 'set'}", f"--out={tmp_path / 'out'}"]
+    flags = ["--protocol=rlfseg,phrasecut", "--tracking.enabled=false", "--overlays=0", *places]
+    assert cli.main("evaluate", flags) == 0
+    got = json.loads((tmp_path / "out" / "results.json").read_text())
+    (row, *_), note = open_samples(tmp_path / "set").rows.to_pylist(), got["denominator"]
+    assert hdf5.read_sample(tmp_path / "set" / row["shard"], row["id"]).phrases[0].mask.sum() == area
+    assert got["miou"] == got["protocols"]["phrasecut"]["miou"] == 1
+    assert got["what"]["truth"]["rasteriser"] == rule
+    assert any(line.startswith("phrasecut: ") for line in got["notes"]) == (rule != "pil")
+    assert (note["n_evaluated"], note["n_skipped"], sum(note["skipped_in_prepare"].values())) == (4, 3, 3)
+    assert "missing: 3 pictures are not on disk: 5.png, 6.png, 7.png" in got["notes"]
+    assert any(line.startswith("unused: 5 pictures that no list names: 20.png") for line in got["notes"])
+    assert "- missing: 3 pictures" in (tmp_path / "out" / "results.md").read_text()
+
+
 def test_phrases_that_prepare_left_out_are_in_the_note_of_refined_samples_too(tmp_path: Path) -> None:
-    report_of = {"skipped": {"1: a": "no outline", "2: b": "no outline"}, "partly": {"3: c": "1 polygons"}}
-    made, refined = tmp_path / "made", tmp_path / "refined"
-    for folder, identity, told in (
-        (made, {"source": "phrasecut"}, {"refused": {"9": "no picture"}, "report": report_of}),
-        (refined, {"samples": str(made)}, {"refused": {"8": "too large"}}),
+    report_of = {
+        "name": "PhraseCut",
+        "splits": {"val": {"found": {"images": 4, "phrases": 9}, "official": {"images": 5, "phrases": 9}}},
+        "missing": [],
+        "unused": {"count": 0, "first": []},
+        "excluded": ["5", "6"],
+        "exclusion": "excluded: 2 pictures by exclude_ids",
+        "without_phrases": 3,
+        "skipped": {"1: a": "no outline", "2: b": "no outline"},
+        "partly": {"3: c": "1 polygons"},
+    }
+    prepared, refined = tmp_path / "made", tmp_path / "refined"
+    for place, identity, told in (
+        (prepared, {"source": "phrasecut"}, {"refused": {"9": "no picture"}, "report": report_of}),
+        (refined, {"samples": str(prepared)}, {"refused": {"8": "too large"}}),
     ):
-        begin(folder, identity)
-        finish(folder, identity, told)
-    config = EvaluateConfig(samples=str(refined), predictions="x", out="y")
-    seen = [{"iou": [0.5, 0.7], "missing": [False, True], "clipped": 0, "empty": 1, "unused": 2}]
-    note = report._denominator(config, {"refused": {"7": "NaN"}}, seen, 0)
+        begin(place, identity)
+        finish(place, identity, told)
+    settings = config(samples=str(refined), protocol="rlfseg")
+    seen: list[Row] = [{"id": "1", "iou": [0.5, 0.7], "missing": [False, True], "clipped": 0, "empty": 1, "unused": 2}]
+    refused, told = report._left_out(refined)
+    note = report._denominator(settings, {"refused": {"7": "NaN"}}, seen, 4, refused, told)
     assert (note["n_skipped"], note["skipped_here"]) == (3, {"NaN": 1})
     assert note["skipped_in_prepare"] == {"no picture": 1, "too large": 1}
     assert (note["n_phrases_skipped"], note["n_phrases_drawn_partly"]) == (2, 1)
     assert note["phrases_skipped_in_prepare"] == {"no outline": 2}
+    assert (note["n_images_excluded"], note["n_images_without_phrases"]) == (2, 3)
+    assert (note["n_empty_phrases"], note["n_unused_predictions"]) == (1, 6)
+    assert note["splits"]["val"]["official"]["images"] == 5
+    got = written(made(9), tmp_path / "out", settings)
+    assert got["notes"][0].startswith("val is not the official split: 4 images instead of 5")
+    assert "excluded: 2 pictures by exclude_ids" in (tmp_path / "out" / "results.md").read_text()
