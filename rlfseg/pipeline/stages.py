@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from errno import ENOSPC
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,10 @@ from ray.data import ActorPoolStrategy, Dataset, TaskPoolStrategy
 from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
-from ray.exceptions import RayTaskError
 
 from rlfseg.config import WorkersConfig
-from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
+from rlfseg.errors import BadSample, ConfigError, DataError, ModelError, ResourceError, RlfsegError
+from rlfseg.pipeline.causes import full_disk, our_cause
 from rlfseg.pipeline.folders import begin, finish, require_finished
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, unpack
@@ -53,9 +53,12 @@ class Stage:
         out: Folder to write.
         run: Actors, batch size and so on.
         gpus: GPUs an actor.
+        arithmetic: What the work computes in, see `arithmetic`; for the Summary.
         identity: Whatever changes the result; another identity in the same folder is refused.
+        unit: What a row is, in the plural.
         on_error: `stop` or `skip`.
-        finalize: Called when all rows are written and before the folder counts as whole; may correct the counts.
+        finalize: Called when all rows are written and before the folder counts as whole; may correct the counts, and
+            add `figures` and `notes` for the Summary.
     """
 
     name: str
@@ -69,6 +72,8 @@ class Stage:
     kwargs: Row = field(default_factory=dict)
     finish: Callable[[Row], Row] | None = None
     gpus: float = 0
+    arithmetic: str = ""
+    unit: str = "images"
     on_error: str = "stop"
     finalize: Callable[[Row], Row] = lambda counts: counts
 
@@ -98,6 +103,9 @@ def connect() -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
         remote = os.environ.get("RAY_ADDRESS")
+        if not remote:  # Ray guards what it starts here by a token; given one, it writes none into the user's home
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would tell how to undo that
         here: dict[str, Any] = {} if remote else {"num_cpus": max(8, os.cpu_count() or 1), "include_dashboard": False}
         ray.init(log_to_driver=False, configure_logging=False, **here)
     context = ray.data.DataContext.get_current()
@@ -127,6 +135,17 @@ def gpus_per_worker(run: WorkersConfig, device: str) -> float:
     if run.gpus is not None:
         return run.gpus
     return 1.0 if device != "cpu" and have else 0.0
+
+
+def arithmetic(dtype: str, gpus: float) -> str:
+    """`fp32` or `bf16`: what `device.choose_dtype` will choose in a worker with so many GPUs."""
+    return dtype if dtype != "auto" else "bf16" if gpus else "fp32"
+
+
+def where(workers: int, gpus: float, arithmetic: str = "") -> str:
+    """For a Summary: `2 workers, 2 GPUs, bf16`; `gpus` of all of them."""
+    device = f"{gpus:g} GPU{'s' * (gpus != 1)}" if gpus else "CPU"
+    return ", ".join(filter(None, [f"{workers} worker{'s' * (workers != 1)}", device, arithmetic]))
 
 
 def cpus_needed(run: WorkersConfig, finish: bool = False) -> float:
@@ -181,11 +200,14 @@ def run_stage(stage: Stage) -> Summary:
     before = count()
     for notes in (stage.out / "_attempts").glob("*"):
         Attempts(notes).forgive()
-    with Progress(stage.name, total=stage.rows.num_rows, count=count):
+    with Progress(stage.name, total=stage.rows.num_rows, count=count, unit=stage.unit):
         try:
             _pipeline(stage).write_parquet(str(data), write_page_checksum=True)  # for `verify`
         except Exception as error:  # noqa: BLE001 -- raised again: Ray wraps ours in its own; the user must see the cause
-            raise our_cause(error) or _full_disk(error, stage.out) or error from None
+            ours = our_cause(error)
+            if isinstance(ours, ConfigError | ModelError) and not count():
+                shutil.rmtree(stage.out)  # settings that never worked claim no folder
+            raise ours or full_disk(error, stage.out) or error from None
     counts = stage.finalize(_account(stage))
     shutil.rmtree(stage.out / "_attempts", ignore_errors=True)
     finish(stage.out, stage.identity, counts)
@@ -312,31 +334,6 @@ def check_rows(stage: str, ids: Sequence[str], rows: Rows) -> None:
         raise AssertionError(f"{stage} lost or doubled rows: {len(ids)} in, {len(rows)} out")
 
 
-def our_cause(error: BaseException | None) -> RlfsegError | None:
-    """The first of our own errors in a chain of causes."""
-    ours = (
-        e for e in _causes(error) if isinstance(e, RlfsegError) and not isinstance(e, RayTaskError)
-    )  # Ray's is both
-    return next(ours, None)
-
-
-def _full_disk(error: BaseException, out: Path) -> ResourceError | None:
-    # by its text too: on the way from a worker the number gets lost
-    if any(isinstance(e, OSError) and (e.errno == ENOSPC or "No space left" in str(e)) for e in _causes(error)):
-        return ResourceError(
-            f"{out}: the disk is full; make room and start again: what is written stays, and it goes on"
-        )
-    return None
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """A chain of causes, as Ray Data and Ray Train nest them."""
-    while error is not None:
-        yield error
-        of_workers = getattr(error, "worker_failures", {}).values()
-        error = next(iter(of_workers), None) or getattr(error, "cause", None) or error.__cause__
-
-
 class Committed:
     """Rows of a stage that no kill can take back, as Ray Data's checkpoint tells; each file is looked into once.
 
@@ -382,5 +379,7 @@ def _summary(stage: Stage, counts: Row, seconds: float, resumed: int) -> Summary
         refused=counts["refused"],
         seconds=seconds,
         resumed=resumed,
-        where=f"{stage.run.workers * stage.gpus:g} GPUs" if stage.gpus else "CPU",
+        where=where(stage.run.workers, stage.run.workers * stage.gpus, stage.arithmetic),
+        figures=counts.get("figures", {}),
+        notes=tuple(counts.get("notes", ())),
     )

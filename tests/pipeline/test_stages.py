@@ -66,7 +66,7 @@ def values(out: Path) -> dict[str, int]:
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_pictures_of_different_sizes_and_a_last_batch_of_one(tmp_path: Path, batch_size: int) -> None:
     summary = run_stage(stage(tmp_path / "out", 5, run=WorkersConfig(batch_size=batch_size)))
-    assert (summary.rows_in, summary.rows_out, summary.refused, summary.where) == (5, 5, {}, "CPU")
+    assert (summary.rows_in, summary.rows_out, summary.refused, summary.where) == (5, 5, {}, "1 worker, CPU")
     assert values(tmp_path / "out") == {str(n): truth(n) for n in range(5)}
 
 
@@ -219,6 +219,8 @@ def test_models_are_made_in_the_actor_and_a_missing_gpu_is_told(
         stages.gpus_per_worker(WorkersConfig(gpus=0), "cuda")
 
 
-def test_an_error_in_the_making_of_the_work_is_one_of_ours(tmp_path: Path) -> None:
+def test_an_error_in_the_making_of_the_work_is_one_of_ours_and_claims_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such model"):
         run_stage(stage(tmp_path / "out", 1, work=Unmade))
+    corrected = stage(tmp_path / "out", 1, identity={"model": "another"})
+    assert run_stage(corrected).rows_out == 1

@@ -1,0 +1,36 @@
+"""What a user must see of an error that Ray hands on: its cause, in a line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from errno import ENOSPC
+from pathlib import Path
+
+from ray.exceptions import RayTaskError
+
+from rlfseg.errors import ResourceError, RlfsegError
+
+
+def our_cause(error: BaseException | None) -> RlfsegError | None:
+    """The first of our own errors in a chain of causes."""
+    # Ray's own is both
+    ours = (e for e in _causes(error) if isinstance(e, RlfsegError) and not isinstance(e, RayTaskError))
+    return next(ours, None)
+
+
+def full_disk(error: BaseException, out: Path) -> ResourceError | None:
+    """What to say where a full disk is among the causes."""
+    # by its text too: on the way from a worker the number gets lost
+    if any(isinstance(e, OSError) and (e.errno == ENOSPC or "No space left" in str(e)) for e in _causes(error)):
+        return ResourceError(
+            f"{out}: the disk is full; make room and start again: what is written stays, and it goes on"
+        )
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """A chain of causes, as Ray Data and Ray Train nest them."""
+    while error is not None:
+        yield error
+        of_workers = getattr(error, "worker_failures", {}).values()
+        error = next(iter(of_workers), None) or getattr(error, "cause", None) or error.__cause__
