@@ -71,14 +71,11 @@ class SamModel:
             ConfigError: The architecture is neither given nor in the file's name, or there is no GPU and one is asked
                 for.
         """
-        device = choose_device(config.device)
+        device, path = choose_device(config.device), find_weights(config)
         if config.checkpoint == "tiny":
             sam = build_tiny()
-            sam.load_state_dict(_tiny_weights())
+            sam.load_state_dict({k: v.float() for k, v in load_file(path).items()})
             return cls(sam, device)
-        path = Path(config.checkpoint)
-        if not path.is_file():
-            raise ModelError(f"sam.checkpoint: no file {path}; give `tiny` or the path of an official sam_vit_*.pth")
         sam = sam_model_registry[_architecture(path, config.model)]()
         try:
             # weights_only: an official .pth is a pickle, and a pickle from anywhere may run code
@@ -179,10 +176,27 @@ def build_tiny() -> Sam:
     )
 
 
-def _tiny_weights() -> dict[str, Tensor]:
-    if not TINY_WEIGHTS.is_file():
-        raise ModelError(f"sam.checkpoint: the shipped weights are missing at {TINY_WEIGHTS}; install rlfseg again")
-    return {k: v.float() for k, v in load_file(TINY_WEIGHTS).items()}
+def find_weights(config: SamConfig) -> Path:
+    """The file that `SamModel.load` reads; nothing of it is read.
+
+    Args:
+        config: Checkpoint and architecture.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ModelError: There is no such file.
+        ConfigError: The architecture is neither given nor in the file's name.
+    """
+    tiny = config.checkpoint == "tiny"
+    path = TINY_WEIGHTS if tiny else Path(config.checkpoint)
+    if not path.is_file():
+        fix = "install rlfseg again" if tiny else "give `tiny` or the path of an official sam_vit_*.pth"
+        raise ModelError(f"sam.checkpoint: no file {path}; {fix}")
+    if not tiny:
+        _architecture(path, config.model)
+    return path
 
 
 def _architecture(path: Path, named: str | None) -> str:

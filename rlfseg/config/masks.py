@@ -38,6 +38,8 @@ class CalibrateConfig:
     """`auto` takes the GPU where there is one."""
     run: WorkersConfig = Field(default_factory=WorkersConfig)
     """Actors, GPUs, batch size."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a bad sample does to the job: stop it, or be counted and skipped."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """MLflow."""
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from rlfseg import adapter, draw, images, sampling, tracking
 from rlfseg.config import CalibrateConfig, as_dict
+from rlfseg.errors import DataError
 from rlfseg.metrics import THRESHOLDS, Sums, iou_by_threshold, score_histograms, units
-from rlfseg.pipeline.folders import write_json
+from rlfseg.pipeline.folders import good_rows, weights, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import LoadSample, open_samples
-from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
 from rlfseg.segmenter import Segmenter
 
 ONE_STEP = "one step"
@@ -37,6 +37,8 @@ def run(config: CalibrateConfig) -> Summary:
         Counts, refusals and seconds.
 
     Raises:
+        BadSample: A sample can't be read and `on_error` is `stop`.
+        DataError: No sample has a phrase.
         ModelError: The adapter can't be loaded.
     """
     samples, out = open_samples(config.samples), Path(config.out).absolute()
@@ -44,6 +46,7 @@ def run(config: CalibrateConfig) -> Summary:
     card = adapter.read_card(folder)
     settings = as_dict(config)
     connect()
+    gpus = gpus_per_worker(config.run, config.device)
     summary = run_stage(
         Stage(
             name="calibrate",
@@ -54,8 +57,13 @@ def run(config: CalibrateConfig) -> Summary:
             schema=SCHEMA,
             out=out,
             run=config.run,
-            gpus=gpus_per_worker(config.run, config.device),
-            identity=samples.identity | {k: settings[k] for k in ("adapter", "eps", "gamma_max")} | {"data": card.data},
+            gpus=gpus,
+            arithmetic=arithmetic("auto", gpus),
+            # not the whole card: the choice is written into it
+            identity=samples.identity
+            | {k: settings[k] for k in ("eps", "gamma_max")}
+            | {"base": card.base, "resolution": card.resolution, "weights": weights(folder)},
+            on_error=config.on_error,
             finalize=partial(_choose, out),
         )
     )
@@ -101,24 +109,28 @@ class Calibrator:
         self.segmenter = segmenter or Segmenter.load(reference, device=config.device)
 
     def __call__(self, rows: Rows) -> Rows:
-        """Rows with `image`, `captions`, `labels` in; sums of IoU by threshold out, as JSON."""
+        """Rows with `image`, `captions`, `labels` in; sums of IoU by threshold out, as JSON.
+
+        An empty phrase asks for nothing and is left out, as in training and evaluation.
+        """
         return [self._image(row) for row in rows]
 
     @torch.no_grad()
     def _image(self, row: Row) -> Row:
         backbone, size = self.segmenter.backbone, row["image"].shape[:2]
         curves: dict[str, list[int]] = {}
-        if row["captions"]:
-            z1 = self.segmenter.encode([row["image"]]).expand(len(row["captions"]), -1, -1, -1)
+        asked = [(c, mask) for c, mask in zip(row["captions"], row["labels"], strict=True) if c.strip()]
+        if asked:
+            z1 = self.segmenter.encode([row["image"]]).expand(len(asked), -1, -1, -1)
             with backbone.autocast():
-                candidates = self._candidates(z1, backbone.text(row["captions"]))
+                candidates = self._candidates(z1, backbone.text([c for c, _ in asked]))
             for name, z0 in candidates.items():
                 scores = images.tensor_to_score(backbone.decode(z0), size).cpu().numpy()
                 # IoU alone of what `Sums` would measure: boundaries and AP of every candidate are asked by nobody
-                pairs = zip(scores, row["labels"], strict=True)
-                ious = [units(iou_by_threshold(score_histograms(score, truth))) for score, truth in pairs]
+                pairs = zip(scores, asked, strict=True)
+                ious = [units(iou_by_threshold(score_histograms(score, truth))) for score, (_, truth) in pairs]
                 curves[name] = np.sum(ious, axis=0).tolist()
-        return {"id": row["id"], "status": OK, "curves": json.dumps(curves), "phrases": len(row["captions"])}
+        return {"id": row["id"], "status": OK, "curves": json.dumps(curves), "phrases": len(asked)}
 
     def _candidates(self, z1: Tensor, text: Tensor) -> dict[str, Tensor]:
         """Mask latents of every setting; the UNet is asked once for the step and four times for HSS's reference."""
@@ -136,11 +148,12 @@ def _choose(out: Path, counts: Row) -> Row:
     """The threshold by the single step; then each eps by mIoU at that threshold."""
     total: dict[str, np.ndarray] = {}
     phrases = 0
-    for path in (out / "data").glob("*.parquet"):
-        for row in pq.read_table(path).to_pylist():
-            phrases += row["phrases"] or 0
-            for name, curve in json.loads(row["curves"] or "{}").items():
-                total[name] = total.get(name, 0) + np.array(curve, dtype=object)
+    for row in good_rows(out):
+        phrases += row["phrases"]
+        for name, curve in json.loads(row["curves"]).items():
+            total[name] = total.get(name, 0) + np.array(curve, dtype=object)
+    if not total:
+        raise DataError(f"{out}: no sample has a phrase to calibrate on")
     sums = {name: Sums(n_samples=phrases, iou_by_threshold=np.array(c, dtype=np.int64)) for name, c in total.items()}
     curves = {name: s.miou_by_threshold() for name, s in sums.items()}
     best = int(curves[ONE_STEP].argmax())

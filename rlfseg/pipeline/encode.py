@@ -15,13 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlfseg.backbone import Backbone
+from rlfseg.backbone import Backbone, resolve_base
 from rlfseg.config import BackboneConfig, EncodeConfig, as_dict
 from rlfseg.errors import DataError
 from rlfseg.images import image_to_tensor, mask_to_tensor, rle_decode
+from rlfseg.pipeline.folders import weights
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, open_samples
-from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
 
 CHUNK = 32  # images or masks in one call of the autoencoder
 # Bytes and a shape, not tensors of a framework's own type: any Parquet reader can use them.
@@ -52,8 +53,11 @@ def run(config: EncodeConfig) -> Summary:
         ModelError: The base can't be loaded.
     """
     samples = open_samples(config.samples)
-    settings = as_dict(config)
+    encoder = weights(resolve_base(config.backbone.base) / "vae")  # of a base, all that latents depend on
+    backbone = {k: as_dict(config.backbone)[k] for k in ("base", "resolution")} | {"weights": encoder}
     connect()
+    gpus = gpus_per_worker(config.run, config.backbone.device)
+    dtype = arithmetic(config.backbone.dtype, gpus)
     return run_stage(
         Stage(
             name="encode",
@@ -64,8 +68,9 @@ def run(config: EncodeConfig) -> Summary:
             schema=SCHEMA,
             out=Path(config.out).absolute(),
             run=config.run,
-            gpus=gpus_per_worker(config.run, config.backbone.device),
-            identity=samples.identity | {"backbone": {k: settings["backbone"][k] for k in ("base", "resolution")}},
+            gpus=gpus,
+            arithmetic=dtype,
+            identity=samples.identity | {"backbone": backbone | {"dtype": dtype}},
             on_error=config.on_error,
         )
     )

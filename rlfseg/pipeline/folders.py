@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 from rlfseg.config import digest
 from rlfseg.errors import DataError
 from rlfseg.pipeline.rows import OK, Row
+
+WEIGHTS = (".safetensors", ".pth")
 
 
 def begin(out: Path, identity: Row) -> str:
@@ -85,6 +87,23 @@ def require_finished(folder: Path) -> Row:
 def fingerprint(folder: Path) -> str:
     """Short hash of what a finished folder was made from, and how."""
     return sha256((folder / "_SUCCESS.json").read_bytes()).hexdigest()[:12]
+
+
+def weights(*places: Path) -> str:
+    """Short hash of the weights in files and folders, whatever their names: 5 GB take a few seconds.
+
+    Args:
+        *places: A file, or a folder whose .safetensors and .pth files count.
+
+    Returns:
+        Another one where the weights are others.
+    """
+    sums = sha256()
+    for place in places:
+        for path in [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in WEIGHTS):
+            with path.open("rb") as file:
+                sums.update(file_digest(file, "sha256").digest())
+    return sums.hexdigest()[:12]
 
 
 def write_json(path: Path, tree: Row | list[Row]) -> None:

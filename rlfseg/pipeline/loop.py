@@ -24,9 +24,10 @@ from rlfseg import draw, tracking
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
 from rlfseg.config import TrainConfig, as_dict
-from rlfseg.errors import DataError, ResourceError, RlfsegError
+from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
 from rlfseg.metrics import Sums
 from rlfseg.pipeline.checkpoints import Store
+from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.ingest import batches, steps_per_epoch
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import LoadSample, open_samples
@@ -37,7 +38,7 @@ from rlfseg.training import Batch, Labelled, TrainState
 SHOWN = 4  # validation pictures on an overlay sheet
 SCORE = "score"  # what the best checkpoints are chosen by
 SHOWN_FIGURES = ("loss", "chose_refined", "lr", "grad_norm")
-CURVE, SKIPPED = "curve.jsonl", "skipped.jsonl"
+CURVE, SKIPPED, LEFT_OUT = "curve.jsonl", "skipped.jsonl", "left_out.json"
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -105,13 +106,14 @@ class Loop:
         self.store = Store(job.storage, job.name)
         self.recorded = tracking.Run.attach(job.uri, job.run_id if self.rank == 0 else None, default_dir=job.out)
         self.load = _watched_machine(job) if context.get_local_rank() == 0 else tracking.Run("")
-        self.held_out = _held_out(config, self.rank, self.world)
+        self.held_out, self.left_out = _held_out(config, self.rank, self.world)
         share = len(range(self.rank, config.workers, self.world)) / config.workers
         self.meter = Meter(self.recorded, config, job.out if self.rank == 0 else None, share, self._from_all)
 
     def run(self) -> None:
         """Trains from the newest whole checkpoint to the last step."""
         try:
+            self._tell_left_out()
             self._resume()
             # A gradient's memory is the bucket's: one copy less. There are no buffers to send around
             settings = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
@@ -121,6 +123,15 @@ class Loop:
         finally:
             self.load.end()
             self.recorded.end()
+
+    def _tell_left_out(self) -> None:
+        """Writes down what can't be used of the validation samples, on whatever rank."""
+        lines = [line for part in self._from_all(self.left_out) for line in part]
+        if self.rank == 0:
+            write_json(self.job.out / LEFT_OUT, {"validation": lines})
+        if self.config.val_samples and not any(self._from_all(bool(self.held_out))):
+            told = f": {lines[0]}" if lines else ""
+            raise Stop(DataError(f"val_samples: {self.config.val_samples} holds nothing to validate on{told}"))
 
     def _resume(self) -> None:
         newest = next((c.path for c, _ in self.store.whole()), "") if self.rank == 0 else ""
@@ -262,14 +273,27 @@ def _watched_machine(job: Job) -> tracking.Run:
     return tracking.Run.attach(job.uri, job.run_id, node=node, default_dir=job.out)
 
 
-def _held_out(config: TrainConfig, rank: int, world: int) -> list[Labelled]:
-    """This rank's share of the fixed validation pictures."""
+def _held_out(config: TrainConfig, rank: int, world: int) -> tuple[list[Labelled], list[str]]:
+    """This rank's share of the fixed validation pictures, and what is left out of it, as lines for the user."""
+    found, left_out = list[Labelled](), list[str]()
     if config.val_samples is None:
-        return []
+        return found, left_out
     samples = open_samples(config.val_samples)
     load = LoadSample(samples.folder)
-    rows = [load(r) for r in samples.rows.slice(0, config.val_images).to_pylist()[rank::world]]
-    return [Labelled(image=r["image"], phrases=r["captions"], masks=np.stack(r["labels"])) for r in rows if r["labels"]]
+    for row in samples.rows.slice(0, config.val_images).to_pylist()[rank::world]:
+        try:
+            sample = load(row)
+        except BadSample as error:
+            left_out.append(f"left out of validation: {error}")
+            continue
+        captions, masks = sample["captions"], sample["labels"]
+        asked = [n for n, caption in enumerate(captions) if caption.strip()]
+        if asked:
+            phrases, truth = [captions[n] for n in asked], np.stack([masks[n] for n in asked])
+            found.append(Labelled(image=sample["image"], phrases=phrases, masks=truth))
+        if empty := len(captions) - len(asked):
+            left_out.append(f"left out of validation: {empty} empty phrases of {row['id']}")
+    return found, left_out
 
 
 def _sheet(state: TrainState, card: Card, held_out: list[Labelled]) -> np.ndarray:

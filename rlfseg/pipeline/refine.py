@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from rlfseg import refine
 from rlfseg.config import RefineConfig, as_dict
 from rlfseg.images import rle_encode
+from rlfseg.pipeline.folders import good_rows, weights
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import LoadSample, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
 from rlfseg.refine import Answer, Prompt
-from rlfseg.sam import Embedding, SamModel
+from rlfseg.sam import Embedding, SamModel, find_weights
 
 SCHEMA = pa.schema(
     [
@@ -46,15 +47,17 @@ def run(config: RefineConfig) -> Summary:
         config: Settings of the command.
 
     Returns:
-        Counts, refusals and seconds.
+        Counts, refusals, seconds, and as figures how many labels were refined and why the others were kept.
 
     Raises:
         BadSample: A sample can't be read and `on_error` is `stop`.
+        ConfigError: The checkpoint's architecture isn't told.
         ModelError: The SAM checkpoint can't be loaded.
     """
     samples = open_samples(config.samples)
     out = Path(config.out).absolute()
     settings = as_dict(config)
+    sam = weights(find_weights(config.sam))
     connect()
     return run_stage(
         Stage(
@@ -67,9 +70,10 @@ def run(config: RefineConfig) -> Summary:
             out=out,
             run=config.run,
             gpus=gpus_per_worker(config.run, config.sam.device),
+            arithmetic="fp32",
             identity=samples.identity
             | {k: settings[k] for k in ("anchors", "max_rounds", "tau", "guard", "seed")}
-            | {"sam": {k: settings["sam"][k] for k in ("checkpoint", "model")}},
+            | {"sam_weights": sam},
             on_error=config.on_error,
             finalize=partial(_count, out),
         )
@@ -130,10 +134,6 @@ class Refiner:
 
 
 def _count(out: Path, counts: Row) -> Row:
-    """Adds how many labels were refined, and why the others were kept."""
-    outcomes: dict[str, int] = {}
-    for path in (out / "data").glob("*.parquet"):
-        for row in pq.read_table(path, columns=["outcomes"]).to_pylist():
-            for outcome in row["outcomes"] or ():
-                outcomes[outcome] = outcomes.get(outcome, 0) + 1
-    return counts | {"outcomes": outcomes}
+    """Adds how many labels were refined, and why the others were kept, the commonest first."""
+    outcomes = Counter(outcome for row in good_rows(out, ["outcomes"]) for outcome in row["outcomes"])
+    return counts | {"figures": dict(outcomes.most_common())}

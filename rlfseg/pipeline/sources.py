@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlfseg.backbone import Backbone
+from rlfseg.backbone import Backbone, resolve_base
 from rlfseg.config import TrainConfig
 from rlfseg.errors import ConfigError, DataError
 from rlfseg.hdf5 import id_hash
 from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.pipeline.encode import from_bytes, refined_masks
-from rlfseg.pipeline.folders import fingerprint, require_finished
+from rlfseg.pipeline.folders import fingerprint, require_finished, weights
 from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.samples import LoadSample, open_samples
 from rlfseg.training import Batch
@@ -41,12 +41,14 @@ class Source(Protocol):
     Attributes:
         captions: Of each sample; those that are empty can't be learnt from and are passed over.
         counts: Phrases of each sample that are not empty, int64 [n].
+        has_refined: Whether any phrase has a refined label.
         phrase_bytes: Size of a phrase's row on its way.
         fingerprint: Changes when the data does.
     """
 
     captions: list[list[str]]
     counts: NDArray[np.int64]
+    has_refined: bool
     phrase_bytes: int
     fingerprint: str
 
@@ -69,7 +71,7 @@ def open_source(config: TrainConfig) -> Source:
         Cached latents, or samples to be encoded in the loop.
 
     Raises:
-        ConfigError: Both or neither is given, or the latents are of another base or resolution.
+        ConfigError: Both or neither is given, or the latents are of another base, its weights, or resolution.
         DataError: The folder is unfinished or holds no phrase.
     """
     if config.latents and config.samples:
@@ -96,14 +98,21 @@ class Latents:
                 raise ConfigError(
                     f"backbone.{field}: {wanted}, but {folder} was encoded with {encoded[field]}; use the same"
                 )
+        if encoded.get("weights") != weights(resolve_base(config.backbone.base) / "vae"):
+            raise ConfigError(
+                f"backbone.base: the autoencoder of {config.backbone.base} has other weights than when {folder} was "
+                "encoded; encode again"
+            )
         found: list[tuple[str, str, int, list[str]]] = []
         shape: list[int] = []
+        self.has_refined = False
         for path in sorted((folder / "data").glob("*.parquet")):
             table = pq.read_table(path, columns=["id", "status", "shape", "captions"])
             ids, captions = table["id"].to_pylist(), table["captions"].to_pylist()
             rows = [n for n, state in enumerate(table["status"].to_pylist()) if state == OK]
             found += [(id_hash(ids[n]), str(path), n, captions[n]) for n in rows]
             shape = shape or (table["shape"][rows[0]].as_py() if rows else [])
+            self.has_refined = self.has_refined or _holds_any(path, "z0_refined")
         found.sort()
         self.places = [(path, row) for _, path, row, _ in found]
         self.captions = [captions for *_, captions in found]
@@ -129,6 +138,16 @@ class Latents:
             z0_refined=from_bytes(refined, shape),
             has_refined=torch.tensor([r is not None for r in c["z0_refined"]]),
         )
+
+
+def _holds_any(path: Path, column: str) -> bool:
+    """Whether a column of lists holds anything but nulls: by the file's own statistics, without reading it."""
+    file = pq.read_metadata(path)
+    for group in map(file.row_group, range(file.num_row_groups)):
+        leaf = next(c for c in map(group.column, range(group.num_columns)) if c.path_in_schema.startswith(f"{column}."))
+        if leaf.statistics is None or leaf.statistics.null_count < leaf.num_values:
+            return True
+    return False
 
 
 def _read_latents(places: Sequence[Place]) -> pa.Table:
@@ -157,6 +176,8 @@ class Pixels:
         self.rows = samples.rows.take(sorted(range(len(hashes)), key=hashes.__getitem__))
         self.captions = self.rows["captions"].to_pylist()
         self.askable, self.counts = _askable(self.captions)
+        outcomes = self.rows["outcomes"].to_pylist() if "outcomes" in self.rows.column_names else []
+        self.has_refined = any("refined" in own for own in outcomes)
         self.phrase_bytes = (3 * 4 + 2) * resolution**2
         self.fingerprint = samples.fingerprint
         self.load, self.resolution = LoadSample(samples.folder), resolution

@@ -22,15 +22,16 @@ from rlfseg import adapter, draw, tracking
 from rlfseg.backbone import count_cut, resolve_base
 from rlfseg.config import TrainConfig, as_dict, digest
 from rlfseg.errors import ConfigError, ModelError, ResourceError, RlfsegError
+from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
-from rlfseg.pipeline.folders import begin, finish, require_finished, write_json
+from rlfseg.pipeline.folders import begin, finish, read_json, require_finished, weights, write_json
 from rlfseg.pipeline.ingest import steps_per_epoch
-from rlfseg.pipeline.loop import SCORE, SHOWN_FIGURES, Job, read_curve, work
+from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, read_curve, work
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.pipeline.sources import Source, open_source
-from rlfseg.pipeline.stages import Summary, check_budget, connect, our_cause
+from rlfseg.pipeline.stages import Summary, arithmetic, check_budget, connect, where
 from rlfseg.training import PROGRESS, STATE, binding
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ def run(config: TrainConfig) -> Summary:
         Counts, seconds and the figures of validation.
 
     Raises:
-        ConfigError: The data is smaller than one step, or the latents are of another base or resolution.
+        ConfigError: The data is smaller than one step, the latents are of another base or resolution, or there are no
+            refined labels and `selection` wants them.
         DataError: The latents are unfinished, or the gradient stays NaN.
         ModelError: The checkpoints are of other settings.
         ResourceError: The cluster is too small, or the checkpoints' disk is full.
@@ -60,10 +62,11 @@ def run(config: TrainConfig) -> Summary:
     out = Path(config.out)
     source = open_source(config)
     phrases, steps = int(source.counts.sum()), steps_per_epoch(source.counts, config)
-    _check(config, phrases, steps)
+    _check(config, source, steps)
     base = resolve_base(config.backbone.base)  # downloads once, before the workers ask for it all at once
     total = int(min(config.max_steps or math.inf, config.epochs * steps))
     identity = binding(as_dict(config)) | {"data": source.fingerprint}
+    identity |= {"weights": weights(*(base / part for part in ("unet", "vae", "text_encoder")))}
     state = begin(out, identity)
     if state == "done":
         return _summary(out, require_finished(out), 0.0, resumed=total)
@@ -84,10 +87,10 @@ def run(config: TrainConfig) -> Summary:
             uri=recorded.uri,
             run_id=recorded.id,
         )
-        with Progress("train", total=total, count=lambda: _steps_done(out)):
+        with Progress("train", total=total, count=lambda: _steps_done(out), unit="steps", tell=lambda: _loss(out)):
             listed = _fit(job, store)
         counts = {"rows_in": phrases, "rows_out": phrases, "refused": {}} | _publish(job, store, recorded)
-        counts["notes"] = odd_phrases(source.captions, base)
+        counts |= {"notes": _notes(job, source, base, steps), "where": _where(config)}
         store.sweep(listed)
     finish(out, identity, counts)
     return _summary(out, counts, time.monotonic() - start)
@@ -103,6 +106,25 @@ def odd_phrases(captions: Iterable[list[str]], base: Path) -> list[str]:
         f"{cut} phrases are longer than the text encoder takes; it saw only their beginnings": cut,
     }
     return [note for note, is_so in notes.items() if is_so]
+
+
+def _notes(job: Job, source: Source, base: Path, steps: int) -> list[str]:
+    """What of the data is not used, and settings without effect, as lines for the user."""
+    config = job.config
+    size = config.workers * config.batch_size * config.accumulate
+    tail = int(source.counts.sum()) - steps * size if job.total_steps >= steps else 0
+    idle = config.selection == "dynamic" and not source.has_refined
+    notes = {
+        f"{tail} phrases an epoch are left out, as a step takes {size}; others in each epoch": tail,
+        f"selection: dynamic has no effect: {config.latents or config.samples} holds no refined labels": idle,
+    }
+    left_out = read_json(job.out / LEFT_OUT)["validation"]
+    return [*odd_phrases(source.captions, base), *(note for note, is_so in notes.items() if is_so), *left_out]
+
+
+def _where(config: TrainConfig) -> str:
+    gpus = config.workers if _use_gpu(config) else 0
+    return where(config.workers, gpus, arithmetic(config.backbone.dtype, gpus))
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
@@ -121,11 +143,16 @@ def _place(path: str | None) -> str | None:
     return path if path is None or "://" in path else str(Path(path).absolute())
 
 
-def _check(config: TrainConfig, phrases: int, steps: int) -> None:
+def _check(config: TrainConfig, source: Source, steps: int) -> None:
     if not steps:
         raise ConfigError(
             f"batch_size: {config.workers} x {config.batch_size} x {config.accumulate} phrases a step are more than "
-            f"the {phrases} there are"
+            f"the {source.counts.sum()} there are"
+        )
+    if config.selection == "refined" and not source.has_refined:
+        raise ConfigError(
+            f"selection: refined, but {config.latents or config.samples} holds no refined labels; `rlfseg refine` "
+            "makes them, or set selection: original"
         )
     if (config.min_workers or 1) > config.workers:
         raise ConfigError(f"min_workers: {config.min_workers} is more than workers: {config.workers}")
@@ -155,7 +182,10 @@ def _fit(job: Job, store: Store) -> set[str]:
     try:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
-        raise _cause(error, job) from None
+        cause = _cause(error, job)
+        if isinstance(cause, ConfigError | ModelError) and not any(store.newest_first()):
+            shutil.rmtree(job.out)  # settings that never worked claim no folder
+        raise cause from None
     if isinstance(result.return_value, RlfsegError):
         raise result.return_value
     return {checkpoint.path for checkpoint, _ in result.best_checkpoints or ()}
@@ -240,6 +270,11 @@ def _steps_done(out: Path) -> int:
     return int(curve[-1]["step"]) if curve else 0
 
 
+def _loss(out: Path) -> str:
+    curve = read_curve(out)
+    return f"loss {curve[-1]['loss']:.4f}" if curve and "loss" in curve[-1] else ""
+
+
 def _summary(out: Path, counts: Row, seconds: float, resumed: int = 0) -> Summary:
     return Summary(
         name="train",
@@ -249,6 +284,7 @@ def _summary(out: Path, counts: Row, seconds: float, resumed: int = 0) -> Summar
         refused={},
         seconds=seconds,
         resumed=resumed,
+        where=counts.get("where", ""),
         figures=counts["figures"],
         notes=tuple(counts.get("notes", ())),
     )

@@ -12,6 +12,7 @@ from dataclasses import replace
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,7 @@ from rlfseg.backbone import Backbone
 from rlfseg.config import BackboneConfig, TrackingConfig, TrainConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.pipeline import train
+from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.ingest import batches
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.pipeline.sources import open_source
@@ -61,8 +63,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory, ray: None, root: Path) -> Pa
         "train",
         f"--config={configs / 'train.yaml'}",
         f"--latents={out / 'latents'}",
-        f"--val_samples={out / 'exact'}",
-        "--val_images=4",
+        f"--val_samples={held_out(out / 'val')}",
         "--max_steps=4",
         "--checkpoint_every=2",
         "--validate_every=2",
@@ -84,6 +85,23 @@ def chain(tmp_path_factory: pytest.TempPathFactory, ray: None, root: Path) -> Pa
             "--tracking.enabled=false",
         )
     return out
+
+
+def held_out(folder: Path) -> Path:
+    """Three samples to validate on: one of them has an empty phrase too, one has lost its picture."""
+    begin(folder, {})
+    samples = []
+    for n, name in enumerate(("whole", "part", "damaged")):
+        scene = draw_scene(n, split="val")
+        phrases = [hdf5.Labelled(caption=p.caption, mask=p.mask) for p in scene.phrases]
+        phrases += [hdf5.Labelled(caption="", mask=scene.phrases[0].mask)] if name == "part" else []
+        samples.append(hdf5.Sample(id=name, image=scene.image, phrases=tuple(phrases)))
+    hdf5.write_shard(folder / "a.h5", samples)
+    hdf5.build_index(folder)
+    with h5py.File(folder / "a.h5", "a") as file:
+        del file["damaged/image"]
+    finish(folder, {}, {"rows_in": 3})
+    return folder
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -148,6 +166,14 @@ def test_samples_encoded_in_the_loop_are_what_the_cache_holds(chain: Path) -> No
         for name in ("z1", "z0", "z0_refined"):  # float16 has 11 bits
             torch.testing.assert_close(getattr(a, name), getattr(b, name), rtol=2**-11, atol=1e-4)
     assert any(a.has_refined.any() for step in steps for a in step[0])
+
+
+def test_training_says_where_it_ran_and_what_it_left_out(chain: Path) -> None:
+    state = json.loads((chain / "train" / "_SUCCESS.json").read_text())
+    assert state["where"] == "1 worker, CPU, fp32"
+    damaged, empty = sorted(note for note in state["notes"] if note.startswith("left out of validation"))
+    assert f"{chain / 'val' / 'a.h5'} [damaged]" in damaged
+    assert empty == "left out of validation: 1 empty phrases of part"
 
 
 def test_validation_leaves_overlays_and_figures_in_mlflow(chain: Path) -> None:

@@ -27,7 +27,7 @@ from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.images import rle_decode
 from rlfseg.pipeline import encode, predict, refine
 from rlfseg.pipeline.encode import Encoder
-from rlfseg.pipeline.folders import write_json
+from rlfseg.pipeline.folders import weights, write_json
 from rlfseg.pipeline.pictures import OfShards
 from rlfseg.pipeline.predict import Finish, Load, Predictor
 from rlfseg.pipeline.refine import Refiner
@@ -38,6 +38,7 @@ from rlfseg.segmenter import Segmenter, checked_phrase
 from rlfseg.training import TrainState
 
 BASE = ASSETS / "base"
+ENCODED = {"base": "tiny", "resolution": 64, "weights": weights(BASE / "vae")}
 LIMIT = 32  # tokens of the drawn world's text encoder; SD's has 77
 LONG = " ".join(["ring"] * 120)
 CAPTIONS = ["", "red ring", " \t", f"{LONG} red", f"{LONG} blue", "blue star"]
@@ -128,7 +129,7 @@ def encoded(tmp_path: Path) -> Path:
     }
     (tmp_path / "latents" / "data").mkdir(parents=True)
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "latents" / "data" / "0.parquet")
-    finished(tmp_path / "latents", backbone={"base": "tiny", "resolution": 64})
+    finished(tmp_path / "latents", backbone=ENCODED)
     return tmp_path / "latents"
 
 
@@ -223,7 +224,7 @@ def test_a_slash_goes_the_whole_way(tmp_path: Path, segmenter: Segmenter) -> Non
     (tmp_path / "latents" / "data").mkdir(parents=True)
     rows = Encoder(tiny, segmenter.backbone)([loaded | {k: refined[0][k] for k in ("masks", "outcomes")}])
     pq.write_table(pa.Table.from_pylist(rows, schema=encode.SCHEMA), tmp_path / "latents" / "data" / "0.parquet")
-    finished(tmp_path / "latents", backbone={"base": "tiny", "resolution": 64})
+    finished(tmp_path / "latents", backbone=ENCODED)
 
     config = TrainConfig(latents=str(tmp_path / "latents"), out="o", backbone=tiny, lora=LoraConfig(rank=2))
     source, backbone = open_source(config), Backbone.load(tiny)
