@@ -11,6 +11,7 @@ import dataclasses
 import os
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.context import _get_global_client
+from ray.serve.exceptions import RayServeException
 
 from rlfseg.config import LOOPBACK, ServeConfig, WorkersConfig
 from rlfseg.errors import ConfigError, ServiceError
@@ -31,6 +34,7 @@ from serve.model import Model
 from serve.proxy import CALLBACK
 
 NAME = "rlfseg"
+LATE_S = 5.0  # beyond a request's deadline Serve itself gives it up, as one that waits for a front that hangs
 
 
 def app(args: dict[str, Any]) -> serve.Application:
@@ -115,53 +119,107 @@ def run(config: ServeConfig) -> None:
         config: Settings of the command.
 
     Raises:
-        ConfigError: `auth` is off on an address that others can reach.
+        ConfigError: `auth` is off on an address that others can reach, or Serve runs there already on another one.
         ResourceError: The machine is too small.
+        ServiceError: It can't be started, or is served there already.
     """
     local = config.host in LOOPBACK
     if config.auth is False and not local:
         raise ConfigError(f"auth: off on {config.host}, which others can reach; use auth=on with a keys_file")
     auth = not local if config.auth is None else config.auth
     config = dataclasses.replace(config, auth=auth, hosts=tuple(dict.fromkeys([*config.hosts, config.host])))
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    _join_ray(config)
+    own = _join_ray(config)
+    signal.signal(signal.SIGTERM, _interrupt)  # ray.init sets one of its own, which aborts the process in three seconds
     try:
         application = build(config)
-        _start(application, config)
-        print(
-            f"rlfseg: http://{config.host}:{config.port} (auth {'on' if auth else 'off'}); stop with Ctrl-C", flush=True
-        )
-        stop.wait()
-        print("rlfseg: finishing what is in work", flush=True)
-        serve.delete(NAME)  # waits for requests in work, at most drain_s
+        _start_serve(config)
+        try:
+            with suppress(KeyboardInterrupt):
+                _deploy(application)
+                _greet(config)
+                threading.Event().wait()
+            print("rlfseg: finishing what is in work", flush=True)
+            _drain(config)
+        finally:
+            with suppress(TimeoutError):  # Serve waits for a minute at most
+                serve.delete(NAME)
     finally:
-        serve.shutdown()
+        if own:
+            serve.shutdown()
         ray.shutdown()
 
 
-def _join_ray(config: ServeConfig) -> None:
+def _greet(config: ServeConfig) -> None:
+    nodes = [f"http://{n['NodeManagerAddress']}:{n['MetricsExportPort']}/metrics" for n in ray.nodes() if n["Alive"]]
+    print(f"rlfseg: metrics at {', '.join(nodes)}")
+    auth = "on" if config.auth else "off"
+    print(f"rlfseg: http://{config.host}:{config.port} (auth {auth}); stop with Ctrl-C", flush=True)
+
+
+def _join_ray(config: ServeConfig) -> bool:
+    """Whether it is a Ray of our own."""
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few on a busy machine
     os.environ.setdefault(CALLBACK, "serve.proxy.middlewares")
     if os.environ.get("RAY_ADDRESS"):
         ray.init()
-        return
+        return False
     room = 8 + (config.max_replicas or config.replicas) + config.fronts  # logical: a batch beside the service
-    # Batches need Ray's job server, which is its dashboard; without them there is none
-    with_jobs = config.batches.out is not None
-    ray.init(num_cpus=max(room, os.cpu_count() or 1), include_dashboard=with_jobs, dashboard_host="127.0.0.1")
+    ray.init(
+        num_cpus=max(room, os.cpu_count() or 1),
+        # Batches need Ray's job server, which is its dashboard; without them there is none
+        include_dashboard=config.batches.out is not None,
+        dashboard_host="127.0.0.1",
+        _metrics_export_port=config.metrics_port or None,
+    )
+    return True
 
 
-def _start(application: serve.Application, config: ServeConfig) -> None:
+def _start_serve(config: ServeConfig) -> None:
+    """Starts Serve, or joins the one that runs, unless it listens elsewhere than we say and decided `auth` by."""
     try:
-        serve.start(http_options={"host": config.host, "port": config.port})
+        serve.start(
+            http_options={
+                "host": config.host,
+                "port": config.port,
+                "request_timeout_s": config.limits.deadline_s + LATE_S,
+            }
+        )
+    except (RayError, RuntimeError) as error:
+        raise _cannot_start(error) from error
+    client = _get_global_client()
+    assert client is not None
+    real = client.http_config  # where Serve runs already, our options are ignored
+    if (real.host, real.port) != (config.host, config.port):
+        raise ConfigError(
+            f"host, port: {config.host}:{config.port}, but Serve runs here already at {real.host}:{real.port}; "
+            "give these as host and port, or stop it with `serve shutdown`"
+        )
+    if NAME in serve.status().applications:
+        raise ServiceError(f"{NAME} is served here already; stop it first, or use another Ray")
+
+
+def _deploy(application: serve.Application) -> None:
+    try:
         serve.run(application, name=NAME)
-    except (RayError, RuntimeError) as error:  # Serve raises RuntimeError with a replica's whole traceback in it
-        cause = str(error).strip().splitlines()[-1]
-        raise ServiceError(
-            f"the service can't be started: {cause}; Ray's logs of this session have the rest"
-        ) from error
+    except (RayError, RayServeException, RuntimeError) as error:  # RuntimeError: a replica's whole traceback
+        raise _cannot_start(error) from error
+
+
+def _cannot_start(error: Exception) -> ServiceError:
+    cause = str(error).strip().splitlines()[-1]
+    return ServiceError(f"the service can't be started: {cause}; Ray's logs of this session have the rest")
+
+
+def _drain(config: ServeConfig) -> None:
+    """Closes the fronts, and waits for them: Serve stops models at the same time as the fronts that still ask them."""
+    with suppress(TimeoutError, RayError, RayServeException):  # the last two: there are none
+        serve.get_app_handle(NAME).broadcast("drain").results(timeout_s=config.drain_s)
+
+
+def _interrupt(*_: object) -> None:
+    """SIGTERM, once, is as Ctrl-C."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def resolved(config: ServeConfig) -> ServeConfig:
@@ -178,5 +236,17 @@ def resolved(config: ServeConfig) -> ServeConfig:
     # replicas and jobs work in other directories
     models = {n: r if r == "tiny" or ":" in r else str(Path(r).absolute()) for n, r in config.models.items()}
     Catalog(models)
-    gpus = gpus_per_worker(WorkersConfig(gpus=config.gpus), config.device)
-    return dataclasses.replace(config, auth=auth, gpus=gpus, models=models)
+    return dataclasses.replace(
+        config,
+        auth=auth,
+        gpus=gpus_per_worker(WorkersConfig(gpus=config.gpus), config.device),
+        models=models,
+        keys_file=_absolute(config.keys_file),
+        batches=dataclasses.replace(
+            config.batches, out=_absolute(config.batches.out), roots=tuple(map(os.path.abspath, config.batches.roots))
+        ),
+    )
+
+
+def _absolute(path: str | None) -> str | None:
+    return os.path.abspath(path) if path else None

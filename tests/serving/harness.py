@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -32,12 +32,13 @@ COMMAND = [sys.executable, "-m", "jobs.serve"]
 
 
 class Service:
-    """A running service: its address, its processes and what it wrote."""
+    """A running service: its address, its processes and what it wrote, and how `/readyz` answered at first."""
 
     def __init__(self, url: str, key: str, process: subprocess.Popen[bytes], temp: Path, log: Path):
         self.url, self.key, self.process, self.temp, self.log = url, key, process, temp, log
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.http = httpx.Client(base_url=url, headers=headers, timeout=120)
+        self.before = list[int]()
 
     def segment(self, images: Sequence[bytes], phrases: Sequence[str], **options: Any) -> httpx.Response:
         """POST as a form."""
@@ -55,10 +56,8 @@ class Service:
 
     def metrics(self) -> dict[str, float]:
         """Everything that Prometheus would read: `name{labels}` -> value."""
-        [found] = json.loads((self.temp / "prom_metrics_service_discovery.json").read_text())[:1]
-        lines = [
-            line for target in found["targets"] for line in httpx.get(f"http://{target}/metrics").text.splitlines()
-        ]
+        [told] = re.findall("^rlfseg: metrics at (http://.*)$", self.log.read_text(), re.MULTILINE)
+        lines = httpx.get(told).text.splitlines()
         pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
         return {name: float(value) for name, value in pairs}
 
@@ -80,7 +79,7 @@ def _title(process: psutil.Process) -> str:
 def started(
     folder: Path, root: Path, settings: dict[str, Any], *, key: str = "", wait: float = 240
 ) -> Iterator[Service]:
-    """`rlfseg serve` with these settings on a free port; stopped by SIGTERM.
+    """`rlfseg serve` with these settings, on a free port if they name none; stopped by SIGTERM.
 
     Args:
         folder: For settings and log.
@@ -92,9 +91,9 @@ def started(
     Yields:
         The service, ready.
     """
-    port = free_port()
+    settings = {"port": free_port()} | settings
     file, log = folder / "serve.yaml", folder / "serve.log"
-    file.write_text(yaml.safe_dump(settings | {"port": port}, sort_keys=False))
+    file.write_text(yaml.safe_dump(settings, sort_keys=False))
     with tempfile.TemporaryDirectory(prefix="rs-", ignore_cleanup_errors=True) as temp:  # a socket's path is short
         # Metrics are exported every second instead of every ten
         env = os.environ | {"RAY_TMPDIR": temp, "PYTHONPATH": str(root), "RAY_metrics_report_interval_ms": "1000"}
@@ -103,13 +102,14 @@ def started(
             process = subprocess.Popen(
                 command, cwd=folder, env=env, stdout=output, stderr=output, start_new_session=True
             )
-        service = Service(f"http://127.0.0.1:{port}", key, process, Path(temp) / "ray", log)
+        service = Service(f"http://127.0.0.1:{settings['port']}", key, process, Path(temp) / "ray", log)
         try:
             _wait_until_ready(service, time.monotonic() + wait)
             yield service
         finally:
             service.http.close()
-            stop(process)
+            code = stop(process)
+        assert code in (0, None), f"exit code {code}:\n{log.read_text()[-3000:]}"
 
 
 def _wait_until_ready(service: Service, until: float) -> None:
@@ -117,21 +117,23 @@ def _wait_until_ready(service: Service, until: float) -> None:
         if service.process.poll() is not None:
             break
         with suppress(httpx.NetworkError):
-            if service.http.get("/readyz").status_code == 200:
+            service.before.append(service.http.get("/readyz").status_code)
+            if service.before[-1] == 200:
                 return
         time.sleep(0.2)
     raise AssertionError(f"the service is not ready:\n{service.log.read_text()[-3000:]}")
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Asks it to stop, and makes sure that nothing of it is left."""
-    family = [process.pid] if process.poll() is None else []
+def stop(process: subprocess.Popen[bytes]) -> int | None:
+    """Asks it to stop, and makes sure that nothing of it is left; its exit code, None if it had ended before."""
+    if process.poll() is not None:
+        return None
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(60)
-    for pid in family:
-        with suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def free_port() -> int:

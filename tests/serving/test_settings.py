@@ -55,6 +55,17 @@ def test_what_cannot_work_is_refused_before_anything_starts(config: dict[str, An
         resolved(ServeConfig(gpus=0, device="cpu", **config))
 
 
+def test_paths_hold_in_other_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("serve.app.gpus_per_worker", lambda run, device: 0.0)  # it asks Ray
+    (tmp_path / "keys").write_text("a-key\n")
+    batches = {"out": "batches", "roots": ["pictures", "/data"]}
+    found = resolved(settings({"keys_file": "keys", "batches": batches}))
+    assert found.keys_file == str(tmp_path / "keys")
+    assert found.batches.out == str(tmp_path / "batches")
+    assert found.batches.roots == (str(tmp_path / "pictures"), "/data")
+
+
 def test_an_open_service_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"auth: off on 0\.0\.0\.0"):
         run(ServeConfig(auth=False, host="0.0.0.0"))
@@ -116,6 +127,7 @@ def test_the_cluster_file_says_only_what_serve_and_we_understand(root: Path) -> 
     [application] = tree["applications"]
     config = settings(application["args"])
     assert config.auth is True
+    assert config.limits.deadline_s < tree["http_options"]["request_timeout_s"] < config.limits.deadline_s + 10
     assert application["import_path"] == "serve.app:app"
 
 
