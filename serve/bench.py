@@ -18,8 +18,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
+import torch
 from PIL import Image
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from rlfseg import images
 from rlfseg.config import BenchConfig, LimitsConfig, ServeConfig
@@ -27,8 +29,9 @@ from rlfseg.errors import ServiceError
 from rlfseg.pipeline.bench import Row
 from rlfseg.pipeline.stages import connect
 from rlfseg.segmenter import Segmenter
-from serve.app import NAME, build, resolved
+from serve.app import build, resolved
 
+NAME, ROUTE = "rlfseg-bench", "/bench"  # never in the way of a service
 CLIENTS = (1, 4, 16, 64)
 PHRASES = ["red ring"]
 PICTURES = 64
@@ -75,9 +78,21 @@ def measure(config: BenchConfig) -> list[Row]:
 
     Returns:
         Rows; a ratio is the better the larger it is.
+
+    Raises:
+        ServiceError: Serve runs on this Ray already, or nothing is answered.
     """
     connect()
-    ours = resolved(dataclasses.replace(config.serve, auth=False, cache_mb=0.0))
+    if _get_global_client(raise_if_no_controller_running=False) is not None:
+        raise ServiceError("Serve runs on this Ray already, and is left alone: measure on another one")
+    try:
+        return _measured(config)
+    finally:
+        serve.shutdown()
+
+
+def _measured(config: BenchConfig) -> list[Row]:
+    ours = resolved(dataclasses.replace(config.serve, auth=False, host="127.0.0.1", cache_mb=0.0))
     bodies, seconds = [_body(n) for n in range(PICTURES)], config.seconds
     with running(ours) as port:
         batched = {n: load(port, bodies, clients=n, seconds=seconds) for n in CLIENTS}
@@ -88,7 +103,6 @@ def measure(config: BenchConfig) -> list[Row]:
         before = load(port, bodies, clients=1, seconds=seconds)
         flood = load(port, bodies, clients=8 * ours.batch_size, seconds=seconds)
         after = load(port, bodies, clients=1, seconds=seconds)
-    serve.shutdown()
     speeds = [row for n in CLIENTS for row in _speed(f"{n} clients", batched[n], single[n], goal=_goal(ours, n))]
     return [*speeds, _overhead(ours, batched[1], seconds), *_overload(before, flood, after)]
 
@@ -97,7 +111,7 @@ def measure(config: BenchConfig) -> list[Row]:
 def running(config: ServeConfig) -> Iterator[int]:
     """The service on the Ray of this process; gives its port, and deletes it afterwards."""
     serve.start(http_options={"host": config.host, "port": config.port})
-    serve.run(build(config), name=NAME)
+    serve.run(build(config), name=NAME, route_prefix=ROUTE)
     try:
         yield config.port
     finally:
@@ -114,13 +128,16 @@ def load(port: int, bodies: Sequence[bytes], *, clients: int, seconds: float) ->
         seconds: How long.
 
     Returns:
-        What they saw; the first answer of each is left out, as its connection is new.
+        What they saw; the first answer of each comes before the clock starts, as its connection is new.
     """
-    found, lock, stop = Load(), threading.Lock(), threading.Event()
-    threads = [threading.Thread(target=_client, args=[port, bodies, n, found, lock, stop]) for n in range(clients)]
-    start = time.perf_counter()
+    found, lock, stop, begin = Load(), threading.Lock(), threading.Event(), threading.Barrier(clients + 1)
+    threads = [
+        threading.Thread(target=_client, args=[port, bodies, n, found, lock, stop, begin]) for n in range(clients)
+    ]
     for thread in threads:
         thread.start()
+    begin.wait()
+    start = time.perf_counter()
     stop.wait(seconds)
     stop.set()
     for thread in threads:
@@ -130,19 +147,21 @@ def load(port: int, bodies: Sequence[bytes], *, clients: int, seconds: float) ->
 
 
 def _client(
-    port: int, bodies: Sequence[bytes], first: int, found: Load, lock: threading.Lock, stop: threading.Event
+    port: int,
+    bodies: Sequence[bytes],
+    first: int,
+    found: Load,
+    lock: threading.Lock,
+    stop: threading.Event,
+    begin: threading.Barrier,
 ) -> None:
     connection, n = http.client.HTTPConnection("127.0.0.1", port, timeout=120), first
+    _ask(connection, bodies[n % len(bodies)])
+    begin.wait()
     while not stop.is_set():
         n += 1
         start = time.perf_counter()
-        try:
-            connection.request("POST", "/v1/segment", bodies[n % len(bodies)], HEADERS)
-            reply = connection.getresponse()
-            status, text = reply.status, reply.read()
-        except (OSError, http.client.HTTPException):
-            status, text = 0, b""
-            connection.close()
+        status, text = _ask(connection, bodies[n % len(bodies)])
         took = time.perf_counter() - start
         with lock:
             found.statuses[status] += 1
@@ -152,6 +171,17 @@ def _client(
         if status != 200:
             stop.wait(PAUSE_S)
     connection.close()
+
+
+def _ask(connection: http.client.HTTPConnection, body: bytes) -> tuple[int, bytes]:
+    """Status and body of the answer; 0 where the connection broke."""
+    try:
+        connection.request("POST", f"{ROUTE}/v1/segment", body, HEADERS)
+        reply = connection.getresponse()
+        return reply.status, reply.read()
+    except (OSError, http.client.HTTPException):
+        connection.close()
+        return 0, b""
 
 
 def _speed(name: str, ours: Load, single: Load, *, goal: float | None) -> list[Row]:
@@ -164,7 +194,23 @@ def _speed(name: str, ours: Load, single: Load, *, goal: float | None) -> list[R
     good = ours.statuses[200] / sum(ours.statuses.values())
     found.append(Row(name=f"{name}: batch", ours=ours.fill, baseline=None, ratio=None, goal=None, unit="pictures"))
     found.append(Row(name=f"{name}: answered", ours=100 * good, baseline=None, ratio=good, goal=1.0, unit="%"))
-    return found
+    return found + _errors(name, ours)
+
+
+def _errors(name: str, load: Load) -> list[Row]:
+    """A row for each status but 200."""
+    return [
+        Row(
+            name=f"{name}: {f'status {status}' if status else 'broken connections'}",
+            ours=count,
+            baseline=None,
+            ratio=None,
+            goal=None,
+            unit="answers",
+        )
+        for status, count in sorted(load.statuses.items())
+        if status != 200
+    ]
 
 
 def _goal(config: ServeConfig, clients: int) -> float | None:
@@ -175,7 +221,8 @@ def _goal(config: ServeConfig, clients: int) -> float | None:
 
 
 def _overhead(config: ServeConfig, one: Load, seconds: float) -> Row:
-    """A request of one client against the same call in this process."""
+    """A request of one client against the same call in this process, with as many threads as a replica has."""
+    torch.set_num_threads(max(1, int(config.cpus)))
     segmenter = Segmenter.load(next(iter(config.models.values())), device=config.device, fast=config.fast)
     pictures = [_png(n) for n in range(PICTURES)]
     segmenter(pictures[0], PHRASES)
@@ -200,6 +247,7 @@ def _overload(before: Load, flood: Load, after: Load) -> list[Row]:
         Row(name="overload: neither 200 nor 503", ours=other, baseline=None, ratio=fine, goal=1.0, unit="answers"),
         Row(name="overload: 503", ours=refused, baseline=None, ratio=None, goal=None, unit="1/s"),
         Row(name="overload: 200", ours=flood.per_second, baseline=None, ratio=None, goal=None, unit="1/s"),
+        *_errors("overload", flood),
         Row(name="1 client after overload: p50", ours=now, baseline=then, ratio=then / now, goal=0.8, unit="ms"),
     ]
 
