@@ -151,18 +151,33 @@ def sample(
     Raises:
         ConfigError: Rescaling of more than one step, or without `eps` or `z_black`.
     """
+    check(steps, rescale, eps)
     if rescale == "none":
         zero = torch.zeros(len(z1), device=z1.device)
         return Sample(euler(v, z1, text, steps), zero, zero > 0)
-    if steps != 1:
-        raise ConfigError(f"steps={steps} with rescale={rescale}: needs a single step; set steps=1 or rescale=none")
-    if eps is None:
-        raise ConfigError(f"eps=null with rescale={rescale}: run `calibrate` on a validation split, or set eps=0.1")
+    assert eps is not None
     if rescale == "hss":
         return hss(v, z1, text, one_step(v, z1, text)[1], eps, gamma_max, hss_steps)
     if z_black is None:
         raise ConfigError("z_black=None with rescale=aos: pass the latent of a black image, or set rescale=hss or none")
     return aos(z1, one_step(v, z1, text)[1], z_black, eps, gamma_max)
+
+
+def check(steps: int, rescale: Literal["none", "aos", "hss"], eps: float | None) -> None:
+    """Refuses settings that don't go together, without any network.
+
+    Args:
+        steps: As in `sample`.
+        rescale: As in `sample`.
+        eps: As in `sample`.
+
+    Raises:
+        ConfigError: Rescaling of more than one step, or without `eps`.
+    """
+    if rescale != "none" and steps != 1:
+        raise ConfigError(f"steps={steps} with rescale={rescale}: needs a single step; set steps=1 or rescale=none")
+    if rescale != "none" and eps is None:
+        raise ConfigError(f"eps=null with rescale={rescale}: run `calibrate` on a validation split, or set eps=0.1")
 
 
 def _times(z: Tensor, t: float) -> Float32[Tensor, " B"]:

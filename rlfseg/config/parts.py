@@ -85,6 +85,12 @@ class SamplingConfig:
     hss_steps: Annotated[int, Field(ge=2)] = 5
     """K of hybrid step sampling. Paper: 5 (A.2)."""
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """What is set without effect, as lines for the user."""
+        wasted = self.eps is not None and self.rescale == "none"
+        return (f"sampling.eps: {self.eps} has no effect with sampling.rescale: none",) if wasted else ()
+
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class FastConfig:

@@ -24,7 +24,7 @@ from rlfseg.pipeline.bases import fetch_base
 from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.pictures import Asked, find
 from rlfseg.pipeline.rows import OK, Row, Rows
-from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
 from rlfseg.results import Result, Square, checked_phrase
 
 if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks need no networks
@@ -58,17 +58,19 @@ def run(config: PredictConfig) -> Summary:
 
     Raises:
         BadSample: A picture can't be decoded and `on_error` is `stop`.
-        ConfigError: There are no pictures, or a picture has no phrases.
+        ConfigError: There are no pictures, a picture has no phrases, or settings of sampling don't go together.
         DataError: A list of pictures is damaged, or a server can't be reached.
         ModelError: The adapter can't be loaded.
     """
     out, phrases = Path(config.out).absolute(), _phrases(config)
     folder = adapter.resolve(config.adapter).absolute()
     card = adapter.read_card(folder)
+    _check(config.sampling, card)
     fetch_base(card)
-    connect()
     pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
     settings = as_dict(config)
+    connect()
+    gpus = gpus_per_worker(config.run, config.device)
     return run_stage(
         Stage(
             name="predict",
@@ -89,14 +91,24 @@ def run(config: PredictConfig) -> Summary:
             schema=SCHEMA,
             out=out,
             run=config.run,
-            gpus=gpus_per_worker(config.run, config.device),
+            gpus=gpus,
+            arithmetic=arithmetic("auto", gpus),
             identity={k: settings[k] for k in ("images", "sampling", "threshold", "pixels", "png", "overlays")}
             | {"phrases": phrases, "pictures": pictures.fingerprint, "adapter": adapter.version(folder)}
             | {"autoencoder": config.fast.autoencoder},
             on_error=config.on_error,
-            finalize=partial(_report, out),
+            finalize=partial(_report, out, config.sampling.idle),
         )
     )
+
+
+def _check(config: SamplingConfig, card: adapter.Card) -> None:
+    """Refuses now what the actors would refuse later."""
+    if config.rescale != "none":
+        from rlfseg import sampling  # torch takes seconds to import
+
+        calibrated = card.eps_hss if config.rescale == "hss" else card.eps_aos
+        sampling.check(config.steps, config.rescale, calibrated if config.eps is None else config.eps)
 
 
 def _phrases(config: PredictConfig) -> list[str]:
@@ -242,7 +254,7 @@ def _outcome(result: Result) -> str:
     return "ok: the phrase is longer than the text encoder takes and was cut" if result.truncated else OK
 
 
-def _report(out: Path, counts: Row) -> Row:
+def _report(out: Path, notes: tuple[str, ...], counts: Row) -> Row:
     """Bad pictures in a file of their own."""
     write_json(out / "refused.json", counts["refused"])
-    return counts
+    return counts | {"notes": notes}
