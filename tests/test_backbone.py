@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from rlfseg.backbone import ASSETS, Backbone, resolve_base
+from rlfseg.backbone import ASSETS, Backbone, Velocity, resolve_base
 from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import ConfigError, ModelError
@@ -119,6 +119,21 @@ def test_a_new_lora_changes_nothing_and_is_all_that_trains(backbone: Backbone) -
     again = Backbone.load(TINY)
     again.add_lora(LoraConfig(rank=4, targets=EVERY_LAYER))
     assert all(torch.equal(a, b) for a, b in zip(with_lora.trainable(), again.trainable(), strict=True))
+
+
+def test_the_paper_s_lora_on_sd_has_12_75_million_parameters() -> None:
+    """Rank 64 on attention, by hand from SD v1.5's widths; no weight is made."""
+    with torch.device("meta"):
+        sd = Backbone.__new__(Backbone)  # of a backbone, its UNet alone
+        sd.source, sd.velocity = Path("sd"), Velocity(UNet2DConditionModel(sample_size=64, cross_attention_dim=768))
+        sd.velocity.requires_grad_(False)
+        sd.add_lora(LoraConfig())
+    assert (LoraConfig().rank, LoraConfig().alpha) == (64, None)
+    # A transformer block has two attentions of four layers each, C -> C but for the keys and values of text, 768 -> C
+    by_hand = sum(blocks * 64 * (6 * 2 * c + 2 * (768 + c)) for c, blocks in ((320, 5), (640, 5), (1280, 6)))
+    assert sum(w.numel() for w in sd.trainable()) == by_hand
+    assert round(by_hand / 1e6, 2) == 12.75
+    assert {m.scaling["default"] for m in sd.velocity.modules() if isinstance(m, LoraLayer)} == {1.0}
 
 
 def test_lora_weights_stay_fp32_on_a_bf16_base() -> None:
