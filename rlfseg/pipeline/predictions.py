@@ -2,7 +2,7 @@
 
     a folder of `prepare`               HDF5: masks by caption
     a folder of `predict` or `refine`   Parquet: masks by caption
-    Parquet files                       `id`, `captions` or `phrase`, `masks` or `mask`: a row a picture, or a phrase
+    Parquet files                       `id`, `captions` or `phrase`, `masks` or `mask`: a row a picture or a phrase
     a list, .jsonl or .csv              `id`, `phrase`, `png` a line; paths relative to the list
     a folder                            ID/PHRASE.png, ID/N.png for the N-th phrase of the picture, from 0; ID/TASK.png
 
@@ -38,7 +38,7 @@ from rlfseg.pipeline.samples import LoadSample
 
 LISTS = ("predictions.jsonl", "predictions.csv")
 OF_A_LIST = "id, png, and phrase or task"
-OF_PARQUET = {"phrase": ("captions", "phrase"), "task": ("tasks", "task"), "mask": ("masks", "mask")}
+OF_PARQUET = {"phrase": ("captions", "caption", "phrase"), "task": ("tasks", "task"), "mask": ("masks", "mask")}
 TEXTS = pa.list_(pa.string())
 NOT_UNICODE = re.compile("[\ud800-\udfff]")  # lone surrogates: Arrow can't hold them
 GREY = {"L": 255, "I;16": 65535}  # Pillow's modes, and the level that means 1

@@ -239,7 +239,10 @@ A_PHRASE = {
 }
 
 
-@pytest.mark.parametrize("columns", [A_PICTURE, A_PHRASE])
+UNNESTED = {"caption" if name == "phrase" else name: column for name, column in A_PHRASE.items()}  # as our own table
+
+
+@pytest.mark.parametrize("columns", [A_PICTURE, A_PHRASE, UNNESTED])
 @pytest.mark.parametrize("inside", [True, False])
 def test_any_parquet(tmp_path: Path, columns: dict[str, Any], inside: bool) -> None:
     path = tmp_path / "theirs.parquet"
