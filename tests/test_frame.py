@@ -145,6 +145,14 @@ def test_index_of_docs_names_every_page():
     assert pages - {target for page, target in links() if page == "docs/README.md"} == set()
 
 
+def test_readme_s_tree_names_every_file():
+    tree = (ROOT / "README.md").read_text().partition("## The tree")[2]
+    named = set(re.findall(r"\w+\.py", tree))
+    sources = [p for p in SOURCES if p.name != "__init__.py" and p.parent.name != "jobs"]  # jobs: one a command
+    assert [p.relative_to(ROOT).as_posix() for p in sources if p.name not in named] == []
+    assert named - {p.name for p in (*SOURCES, *(ROOT / "scripts").glob("*.py"))} == {"NAME.py"}
+
+
 def test_shipped_packages():
     assert PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"] == ["rlfseg", "jobs", "serve"]
 

@@ -12,13 +12,27 @@ from pathlib import Path
 
 import pytest
 
+# A red ring and a blue one; whoever opens a socket on the way is stopped.
 PROGRAM = """
+import sys
+
+def forbid_sockets(event, _):
+    if event in ("socket.__new__", "socket.getaddrinfo"):
+        raise AssertionError("a socket was opened")
+
+sys.addaudithook(forbid_sockets)
 import numpy as np, rlfseg
 from rlfseg import Segmenter
-image = np.full((48, 80, 3), 120, np.uint8)
-image[10:30, 10:30] = (214, 48, 44)
-(result,) = Segmenter.load("tiny")(image, ["red square"])
-print(rlfseg.__file__, result.mask.shape, result.mask.dtype, sorted(set(np.unique(result.mask)) - {0, 1}))
+
+def ring(x, y):
+    distance = np.hypot(*(np.mgrid[:80, :120] + 0.5 - np.array([y, x])[:, None, None]))
+    return (distance < 22) & (distance > 11)
+
+image = np.full((80, 120, 3), 120, np.uint8)
+image[ring(30, 40)], image[ring(88, 38)] = (214, 48, 44), (52, 92, 204)
+(result,) = Segmenter.load("tiny")(image, ["red ring"])
+mask, truth = result.mask.astype(bool), ring(30, 40)
+print(rlfseg.__file__, mask.shape, (mask & truth).sum() / (mask | truth).sum())
 """
 
 
@@ -42,17 +56,34 @@ def test_it_ships_the_product_and_nothing_else(wheel: Path) -> None:
     assert wheel.stat().st_size < 40_000_000
 
 
-def test_the_installed_package_segments_without_network(wheel: Path, tmp_path: Path) -> None:
-    venv.create(tmp_path / "env", with_pip=False)
-    python = tmp_path / "env" / "bin" / "python"
-    site = next((tmp_path / "env").glob("lib/python*/site-packages"))
-    # The environment has the wheel; the libraries that it asks for are read from where they lie already (7 GB).
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with the wheel in it."""
+    folder = tmp_path_factory.mktemp("installed") / "env"
+    venv.create(folder, with_pip=False)
+    command = [sys.executable, "-m", "pip", "--python", str(folder), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    # The libraries that it asks for are read from where they lie already (7 GB).
+    site = next(folder.glob("lib/python*/site-packages"))
     (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"])
-    zipfile.ZipFile(wheel).extractall(site)
-    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [str(python), "-c", PROGRAM], cwd=tmp_path, env=clean, capture_output=True, text=True, check=False
-    )
+    return folder / "bin" / "python"
+
+
+def run(*command: str, cwd: Path) -> str:
+    """What a command prints, away from the checkout."""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=cwd, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.startswith(str(site))
-    assert done.stdout.rstrip().endswith("(48, 80) uint8 []")
+    return done.stdout
+
+
+def test_the_installed_package_finds_a_red_ring_without_network(installed: Path, tmp_path: Path) -> None:
+    said = run(str(installed), "-c", PROGRAM, cwd=tmp_path).split()
+    assert Path(said[0]).is_relative_to(installed.parents[1])
+    assert said[1:3] == ["(80,", "120)"]
+    assert float(said[3]) > 0.5
+
+
+def test_the_installed_command_tells_its_commands(installed: Path, tmp_path: Path) -> None:
+    said = run(str(installed.with_name("rlfseg")), cwd=tmp_path)
+    assert all(f"\n  {name} " in said for name in ("prepare", "train", "predict", "serve"))
