@@ -15,7 +15,6 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 from ray.data.block import BlockMetadata
@@ -23,12 +22,12 @@ from ray.data.datasource import Datasource, ReadTask
 
 from rlfseg.backbone import Backbone
 from rlfseg.config import TrainConfig
-from rlfseg.pipeline.sources import Source
+from rlfseg.pipeline.sources import Phrase, Source
 from rlfseg.training import Batch
 
 GROUP = 256  # samples that stay together, as `encode` puts them into one file
 WINDOW = 8  # groups whose phrases are shuffled together
-TASK_PHRASES, TASK_BYTES = 1024, 128 * 2**20  # most that one read task brings: bounds memory
+TASK_BYTES = 128 * 2**20  # most that a task brings that reads sample by sample
 
 
 def steps_per_epoch(counts: NDArray[np.int64], config: TrainConfig) -> int:
@@ -100,20 +99,31 @@ def batches(
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
-    ds = ray.data.read_datasource(PhraseSource(source, order))
+    context.execution_no_progress_timeout_s = -1  # a validation between two steps may take as long as it likes
+    own_lanes = len(range(rank, lanes, world))
+    # A task that reads whole files holds them while its phrases are used up, so there is one at a time; it reserves no
+    # CPU, for which the tasks of two ranks could wait for ever.
+    pace: Any = {"concurrency": 1, "num_cpus": 0} if source.by_file else {}
+    ds = ray.data.read_datasource(PhraseSource(source, order, own_lanes * WINDOW), **pace)
     tables = ds.iter_batches(batch_size=config.batch_size, batch_format="pyarrow", prefetch_batches=2)
     ready = (source.batch(table, backbone) for table in tables)
-    a_step = len(range(rank, lanes, world)) * config.accumulate
+    a_step = own_lanes * config.accumulate
     while step := list(islice(ready, a_step)):
         yield step
 
 
 class PhraseSource(Datasource):
-    """Planned phrases as a Ray Data source, a row a phrase, in the order of the plan."""
+    """Planned phrases as a Ray Data source, a row a phrase, in the order of the plan.
 
-    def __init__(self, source: Source, order: NDArray[np.int64]):
+    Args:
+        source: Reads them.
+        order: (sample, phrase) a row, int64 [m, 2].
+        groups: Most groups whose files a task holds at once, where the source reads whole files.
+    """
+
+    def __init__(self, source: Source, order: NDArray[np.int64], groups: int):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.source, self.order = source, order
+        self.source, self.order, self.groups = source, order, groups
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Of all planned rows, in bytes."""
@@ -122,21 +132,27 @@ class PhraseSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """A task every few phrases, so that none brings more than TASK_BYTES."""
-        size = max(1, min(TASK_PHRASES, TASK_BYTES // self.source.phrase_bytes))
-        parts = [[(int(n), int(k)) for n, k in self.order[i : i + size]] for i in range(0, len(self.order), size)]
-        return [self._task(part, per_task_row_limit) for part in parts]
+        """A task a window, which reads each of its files once; or one every TASK_BYTES, sample by sample."""
+        if self.source.by_file:
+            cuts = _cuts(self.order[:, 0] // GROUP, self.groups)
+        else:
+            size = max(1, TASK_BYTES // self.source.phrase_bytes)
+            cuts = list(range(size, len(self.order), size))
+        return [self._task(part.tolist(), per_task_row_limit) for part in np.split(self.order, cuts)]
 
-    def _task(self, part: Sequence[tuple[int, int]], limit: int | None) -> ReadTask:
-        read = self.source.reader(part)
+    def _task(self, part: Sequence[Phrase], limit: int | None) -> ReadTask:
+        size = len(part) * self.source.phrase_bytes
+        about = BlockMetadata(num_rows=len(part), size_bytes=size, input_files=None, exec_stats=None)
+        return ReadTask(self.source.reader(part), about, per_task_row_limit=limit)
 
-        def block() -> Iterator[pa.Table]:
-            return iter([read()])
 
-        return ReadTask(
-            block,
-            BlockMetadata(
-                num_rows=len(part), size_bytes=len(part) * self.source.phrase_bytes, input_files=None, exec_stats=None
-            ),
-            per_task_row_limit=limit,
-        )
+def _cuts(groups: NDArray[np.int64], most: int) -> list[int]:
+    """Where to cut a sequence of groups, so that each part has at most so many different ones."""
+    cuts: list[int] = []
+    seen: set[int] = set()
+    for n, group in enumerate(groups.tolist()):
+        if len(seen | {group}) > most:
+            cuts.append(n)
+            seen.clear()
+        seen.add(group)
+    return cuts

@@ -5,7 +5,7 @@ Both number the same samples in the same order, that of a hash of their ids, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -28,8 +28,13 @@ from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.samples import LoadSample, open_samples
 from rlfseg.training import Batch
 
-Phrase = tuple[int, int]  # number of the sample, number of the phrase in it
+Phrase = Sequence[int]  # number of the sample, number of the phrase in it
 Place = tuple[str, int, int]  # file, row, phrase
+BLOCK_BYTES = 64 * 2**20  # of the phrases that a reader yields at a time
+LATENTS = pa.schema(
+    [("id", pa.string()), ("caption", pa.string()), ("shape", pa.list_(pa.int32()))]
+    + [(n, pa.binary()) for n in ("z1", "z0", "z0_refined")]
+)
 PIXELS = pa.schema(
     [("id", pa.string()), ("caption", pa.string())] + [(n, pa.binary()) for n in ("image", "mask", "refined")]
 )
@@ -43,6 +48,7 @@ class Source(Protocol):
         counts: Phrases of each sample that are not empty, int64 [n].
         has_refined: Whether any phrase has a refined label.
         phrase_bytes: Size of a phrase's row on its way.
+        by_file: Whether a reader reads whole files, so that phrases of the same files are best read by one.
         fingerprint: Changes when the data does.
     """
 
@@ -50,9 +56,10 @@ class Source(Protocol):
     counts: NDArray[np.int64]
     has_refined: bool
     phrase_bytes: int
+    by_file: bool
     fingerprint: str
 
-    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], pa.Table]:
+    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], Iterator[pa.Table]]:
         """A picklable function that reads these phrases, a row each, in this order, in another process."""
         ...
 
@@ -91,6 +98,8 @@ class Latents:
         config: What must fit it.
     """
 
+    by_file = True
+
     def __init__(self, folder: Path, config: TrainConfig):
         encoded = require_finished(folder)["identity"]["backbone"]
         for field in ("base", "resolution"):
@@ -121,9 +130,10 @@ class Latents:
         self.fingerprint = fingerprint(folder)
         _require_phrases(self.counts, folder)
 
-    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], pa.Table]:
-        """Columns id, caption, shape, z1, z0, z0_refined; latents as float16."""
-        return partial(_read_latents, [(*self.places[n], self.askable[n][k]) for n, k in phrases])
+    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], Iterator[pa.Table]]:
+        """Columns of LATENTS, as float16; reads every file that it needs once and holds them all."""
+        places = [(*self.places[n], self.askable[n][k]) for n, k in phrases]
+        return partial(_read_latents, places, max(1, BLOCK_BYTES // self.phrase_bytes))
 
     def batch(self, table: pa.Table, backbone: Backbone) -> Batch:
         """Latents as they are cached."""
@@ -150,16 +160,18 @@ def _holds_any(path: Path, column: str) -> bool:
     return False
 
 
-def _read_latents(places: Sequence[Place]) -> pa.Table:
-    found: dict[Place, Row] = {}
-    for path in sorted({path for path, _, _ in places}):
-        wanted = sorted({row for other, row, _ in places if other == path})
-        table = pq.read_table(path).take(wanted)
-        for row, r in zip(wanted, table.to_pylist(), strict=True):
-            for k, caption in enumerate(r["captions"]):
-                latents = {"z1": r["z1"], "z0": r["z0"][k], "z0_refined": r["z0_refined"][k]}
-                found[path, row, k] = {"id": f"{r['id']}#{k}", "caption": caption, "shape": r["shape"]} | latents
-    return pa.Table.from_pylist([found[place] for place in places])
+def _read_latents(places: Sequence[Place], block: int) -> Iterator[pa.Table]:
+    columns = ["id", "captions", "shape", "z1", "z0", "z0_refined"]
+    files = {path: pq.read_table(path, columns=columns) for path in sorted({path for path, _, _ in places})}
+
+    def row(path: str, n: int, k: int) -> Row:
+        sample = {name: files[path][name][n] for name in columns}
+        of_phrase = {"caption": sample["captions"][k], **{name: sample[name][k] for name in ("z0", "z0_refined")}}
+        values = {"shape": sample["shape"], "z1": sample["z1"], **of_phrase}
+        return {"id": f"{sample['id']}#{k}"} | {name: value.as_py() for name, value in values.items()}
+
+    for n in range(0, len(places), block):
+        yield pa.Table.from_pylist([row(*place) for place in places[n : n + block]], schema=LATENTS)
 
 
 class Pixels:
@@ -169,6 +181,8 @@ class Pixels:
         folder: Written by `prepare` or `refine`.
         resolution: Side in pixels.
     """
+
+    by_file = False
 
     def __init__(self, folder: Path, resolution: int):
         samples = open_samples(folder)
@@ -183,8 +197,8 @@ class Pixels:
         self.load, self.resolution = LoadSample(samples.folder), resolution
         _require_phrases(self.counts, folder)
 
-    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], pa.Table]:
-        """Columns id, caption, image (float32 [3, R, R]), mask and refined (uint8 [R, R]; null where kept)."""
+    def reader(self, phrases: Sequence[Phrase]) -> Callable[[], Iterator[pa.Table]]:
+        """Columns of PIXELS: image float32 [3, R, R], mask and refined uint8 [R, R], refined null where kept."""
         wanted = sorted({n for n, _ in phrases})
         rows = dict(zip(wanted, self.rows.take(wanted).to_pylist(), strict=True))
         return partial(_read_pixels, self.load, self.resolution, [(rows[n], self.askable[n][k]) for n, k in phrases])
@@ -210,7 +224,7 @@ class Pixels:
         )
 
 
-def _read_pixels(load: LoadSample, side: int, phrases: Sequence[tuple[Row, int]]) -> pa.Table:
+def _read_pixels(load: LoadSample, side: int, phrases: Sequence[tuple[Row, int]]) -> Iterator[pa.Table]:
     loaded: dict[str, Row] = {}
     table: list[Row] = []
     for row, k in phrases:
@@ -225,7 +239,7 @@ def _read_pixels(load: LoadSample, side: int, phrases: Sequence[tuple[Row, int]]
             "refined": None if refined is None else _resized(refined, side),
         }
         table.append({"id": f"{row['id']}#{k}", "caption": sample["captions"][k], "image": sample["pixels"], **masks})
-    return pa.Table.from_pylist(table, schema=PIXELS)
+    yield pa.Table.from_pylist(table, schema=PIXELS)
 
 
 def _resized(mask: NDArray[np.uint8], side: int) -> bytes:

@@ -139,14 +139,14 @@ def test_an_empty_phrase_is_never_learnt(prepared: Path, encoded: Path) -> None:
     said = [1, 3, 4, 5]
     latents = open_source(TrainConfig(latents=str(encoded), out="o", backbone=tiny))
     assert latents.counts.tolist() == [4]
-    read = latents.reader([(0, k) for k in range(4)])().to_pydict()
+    read = next(latents.reader([(0, k) for k in range(4)])()).to_pydict()
     assert read["caption"] == [CAPTIONS[k] for k in said]
     assert [np.frombuffer(z, np.float16)[0] for z in read["z0"]] == said
     assert read["id"] == [f"a#{k}" for k in said]
     pixels = open_source(TrainConfig(samples=str(prepared), out="o", backbone=tiny))
     assert sorted(pixels.counts.tolist()) == [0, 4]
     number = pixels.counts.tolist().index(4)
-    read = pixels.reader([(number, k) for k in range(4)])().to_pydict()
+    read = next(pixels.reader([(number, k) for k in range(4)])()).to_pydict()
     assert read["caption"] == [CAPTIONS[k] for k in said]
     assert [np.frombuffer(m, np.uint8).reshape(64, 64)[:, 0].sum() for m in read["mask"]] == [8 * (k + 1) for k in said]
 
@@ -228,7 +228,7 @@ def test_a_slash_goes_the_whole_way(tmp_path: Path, segmenter: Segmenter) -> Non
 
     config = TrainConfig(latents=str(tmp_path / "latents"), out="o", backbone=tiny, lora=LoraConfig(rank=2))
     source, backbone = open_source(config), Backbone.load(tiny)
-    batch = source.batch(source.reader([(0, 0)])(), backbone)
+    batch = source.batch(next(source.reader([(0, 0)])()), backbone)
     assert (batch.ids, batch.phrases) == (["100#0"], [caption])
     backbone.add_lora(config.lora)
     assert np.isfinite(TrainState(config, backbone, total_steps=1).step(batch)["loss"])
