@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("captions", pa.list_(pa.string())),
         ("n_phrases", pa.int32()),
+        ("coco_id", pa.string()),  # null where the source doesn't tell
         ("bytes", pa.int64()),
         ("masks", pa.list_(pa.string())),  # COCO RLE counts of the label to use
         ("outcomes", pa.list_(pa.string())),  # `refined`, or `kept: ` and why
@@ -37,7 +38,7 @@ SCHEMA = pa.schema(
         ("sam_iou", pa.list_(pa.float32())),  # SAM's own estimate; null where SAM wasn't asked
     ]
 )
-INDEX_COLUMNS = ("id", "shard", "height", "width", "captions", "n_phrases", "bytes")
+INDEX_COLUMNS = ("id", "shard", "height", "width", "captions", "n_phrases", "coco_id", "bytes")
 
 
 def run(config: RefineConfig) -> Summary:
@@ -108,7 +109,7 @@ class Refiner:
             guard=c.guard,
             seed=c.seed,
         )
-        return {k: row[k] for k in INDEX_COLUMNS} | {
+        return {k: row.get(k) for k in INDEX_COLUMNS} | {
             "status": OK,
             "masks": [rle_encode(r.mask) for r in refined],
             "outcomes": [r.status for r in refined],
