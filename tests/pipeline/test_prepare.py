@@ -240,12 +240,13 @@ def test_a_writer_knows_where_earlier_ones_died(tmp_path: Path) -> None:
         ("a", ["0", "1"], []),
         ("b", ["0", "1", "begun", "0", "1"], ["train-000001"]),
         ("c", ["0", "1", "begun", "0", "begun"], []),
-        ("d", ["0", "1", "2", "end"] * 5, []),
+        ("d", ["0", "1", "2", "end", "begun"] * 5, []),
         ("e", ["0", "1", "begun", "0", "1", "begun", "0", "1", "2", "begun", "2"], ["train-000001", "train-000002"]),
     ):
         (diaries / shard).write_text("".join(f"{line}\n" for line in ["begun", *lines]))
         (row,) = ShardWriter(tmp_path, scene, name, {}, skip=True)([{"id": shard, "items": ["0", "1", "2"]}])
         assert (row["images"], list(json.loads(row["refused"]))) == (3 - len(refused), refused)
+        assert (diaries / shard).read_text().endswith("begun\n0\n1\n2\nend\n")
 
 
 def test_whatever_file_changes_it_is_another_job(tmp_path: Path) -> None:
