@@ -17,6 +17,8 @@ from rlfseg import hdf5, images
 from rlfseg.datasets import records
 from rlfseg.datasets.records import Entry, Record
 from rlfseg.errors import BadSample
+from rlfseg.pipeline import sources
+from rlfseg.pipeline.sources import Pixels
 
 H, W = 9, 12
 TRIANGLE = [[1, 1, 1, 7, 7, 7]]
@@ -171,8 +173,9 @@ def test_the_limit_is_that_of_the_reader() -> None:
     assert records.MAX_BYTES == MAX_SAMPLE_BYTES
 
 
-@pytest.mark.fault("raster-09", part="convert")
+@pytest.mark.fault("raster-09")
 def test_masks_stay_two_valued_up_to_the_networks_square(picture: Path, tmp_path: Path) -> None:
+    """From the file through the training's own loader to what the autoencoder gets."""
     eye = np.eye(7, dtype=np.uint8) * 255
     Image.fromarray(eye).save(tmp_path / "eye.png")
     Image.new("RGB", (7, 7)).save(tmp_path / "p.png")
@@ -181,7 +184,16 @@ def test_masks_stay_two_valued_up_to_the_networks_square(picture: Path, tmp_path
     hdf5.write_shard(tmp_path / "0.h5", [sample])
     mask = hdf5.read_sample(tmp_path / "0.h5", "7").phrases[0].mask
     assert np.array_equal(mask, np.eye(7))
-    assert set(images.mask_to_tensor(mask, 16).unique().tolist()) == {-1.0, 1.0}
+    hdf5.build_index(tmp_path)
+    for name in ("_STARTED.json", "_SUCCESS.json"):
+        (tmp_path / name).write_text('{"identity": {}}')
+    (table,) = Pixels(tmp_path, 16).reader([(0, 0)])()
+    (loaded,) = table["mask"].to_pylist()
+    square = np.frombuffer(loaded, np.uint8).reshape(16, 16)
+    assert np.unique(square).tolist() == [0, 1]
+    assert np.array_equal(square, square.T)  # a diagonal stays one
+    assert square.diagonal().all()
+    assert sources._masks([loaded], 16).unique().tolist() == [-1, 1]
 
 
 def test_json_is_one_line_without_what_is_not_given(picture: Path) -> None:
