@@ -102,9 +102,13 @@ class Outbox:
             logger.warning("not recorded: %s", name)
         left = self._refused + self._numbers
         if left:
-            self._unsent.parent.mkdir(parents=True, exist_ok=True)
-            self._unsent.write_text("".join(json.dumps(dataclasses.asdict(n)) + "\n" for n in left), encoding="utf-8")
-            logger.warning("%d numbers were not recorded, they are in %s", len(left), self._unsent)
+            lines = "".join(json.dumps(dataclasses.asdict(n)) + "\n" for n in left)
+            try:
+                self._unsent.parent.mkdir(parents=True, exist_ok=True)
+                self._unsent.write_text(lines, encoding="utf-8")
+                logger.warning("%d numbers were not recorded, they are in %s", len(left), self._unsent)
+            except OSError as error:  # a full disk is often why they were not sent either
+                logger.warning("%d numbers were not recorded and are lost: %s: %s", len(left), self._unsent, error)
         if self._dropped:
             logger.warning("%d numbers were dropped in an outage", self._dropped)
 

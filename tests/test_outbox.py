@@ -48,6 +48,18 @@ def box(side: Side, tmp_path: Path) -> Outbox:
     return Outbox(side.deliver, unsent=tmp_path / "deep" / "unsent.jsonl", clock=lambda: side.time)
 
 
+def test_a_full_disk_loses_numbers_and_nothing_else(
+    side: Side, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    side.away = True
+    (tmp_path / "unsent").symlink_to("/dev/full")
+    box = Outbox(side.deliver, unsent=tmp_path / "unsent", clock=lambda: side.time)
+    box.add([number(1)])
+    box.close()
+    assert "1 numbers were not recorded and are lost" in caplog.text
+    assert "No space left on device" in caplog.text
+
+
 def test_kept_in_an_outage_and_sent_in_order_when_it_is_over(side: Side, box: Outbox, tmp_path: Path) -> None:
     for step in range(10):
         side.away = 3 <= step < 7
