@@ -170,7 +170,7 @@ def test_samples_encoded_in_the_loop_are_what_the_cache_holds(chain: Path) -> No
 
 def test_training_says_where_it_ran_and_what_it_left_out(chain: Path) -> None:
     state = json.loads((chain / "train" / "_SUCCESS.json").read_text())
-    assert state["where"] == "1 worker, CPU, fp32"
+    assert state["where"] == "2 workers, CPU, fp32"
     damaged, empty = sorted(note for note in state["notes"] if note.startswith("left out of validation"))
     assert f"{chain / 'val' / 'a.h5'} [damaged]" in damaged
     assert empty == "left out of validation: 1 empty phrases of part"
