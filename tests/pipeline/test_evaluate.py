@@ -245,11 +245,16 @@ def a_set(folder: Path, *phrases: hdf5.Labelled) -> Samples:
 @pytest.mark.parametrize("with_adapter", [True, False])
 def test_an_empty_phrase_asks_for_nothing_and_is_counted(tmp_path: Path, with_adapter: bool) -> None:
     masks = {c: np.full((4, 6), n % 2, np.uint8) for n, c in enumerate(("", "dog", " \t", "cat"))}
-    samples = a_set(tmp_path, *(hdf5.Labelled(caption=c, mask=m) for c, m in masks.items()))
+    a_set(tmp_path, *(hdf5.Labelled(caption=c, mask=m) for c, m in masks.items()))
+    kinds = [[["object", "stuff", "object", "object"]], [["name", "verbose", "name", "attribute"]]]  # as PhraseCut's
+    hdf5.add_columns(tmp_path, {k: pa.array(v) for k, v in zip(("kind", "phrase_type"), kinds, strict=True)})
+    samples = open_samples(tmp_path)
     (row,) = samples.rows.to_pylist()
     source = 8 if with_adapter else LoadPredicted(tmp_path)
     loaded = LoadTruth(samples, source)(row)
-    assert (loaded["captions"], loaded["empty"], len(loaded["subsets"])) == (["dog", "cat"], 2, 2)
+    assert (loaded["captions"], loaded["empty"]) == (["dog", "cat"], 2)
+    of_kind = (["kind_stuff", "phrase_type_verbose"], ["kind_object", "phrase_type_attribute"])
+    assert loaded["subsets"] == [["size_large", *own] for own in of_kind]
     assert [m.max() for m in loaded["labels"]] == [1, 1]
     if with_adapter:
         (loaded,) = Scorer(config(adapter="x"), segmenter=Echo())([loaded])  # type: ignore[arg-type]
