@@ -50,7 +50,10 @@ def app(args: dict[str, Any]) -> serve.Application:
         ConfigError: A setting is unknown, of the wrong type, or missing.
         ResourceError: The cluster is too small.
     """
-    return build(settings(args))
+    config = settings(args)
+    if not ray.is_initialized():  # `serve run` asks before it joins Ray
+        ray.init()
+    return build(config)
 
 
 def build(config: ServeConfig) -> serve.Application:

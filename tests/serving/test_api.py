@@ -15,13 +15,16 @@ import pytest
 import torch
 from fastapi import FastAPI
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
 from starlette.routing import Mount
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from rlfseg.config import LimitsConfig, ServeConfig
 from rlfseg.results import Square
 from serve.api import build_api
 from serve.catalog import Catalog
-from serve.guard import Keys
+from serve.guard import Door, Guard, Keys, request_id
 from serve.messages import Answer, Ask
 from serve.meters import Meters
 from serve.model import Engine, Loaded
@@ -82,7 +85,7 @@ def build(
     return build_api(config, catalog=catalog, work=work, batches=None, keys=keys, ready=ready, meters=meters)
 
 
-def call(api: FastAPI, method: str, path: str, **kwargs: Any) -> httpx.Response:
+def call(api: ASGIApp, method: str, path: str, **kwargs: Any) -> httpx.Response:
     async def go() -> httpx.Response:
         transport = httpx.ASGITransport(api, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
@@ -258,6 +261,17 @@ def test_the_model_is_told_the_requests_id() -> None:
         reply = call(build(queue), "POST", "/v1/segment", json=body, headers={"X-Request-ID": bad})
         assert reply.json()["request_id"] == queue.asked[-1] == queue.asked[-2]
         assert len(queue.asked[-1]) == 32
+
+
+@pytest.mark.parametrize("given", [b"", b"\xff", b"a b", b"9" * 129])
+def test_one_id_for_all_who_ask_for_it(given: bytes) -> None:
+    async def told(scope: Scope, receive: Receive, send: Send) -> None:
+        ids = [request_id(Headers(scope=scope)) for _ in range(2)]
+        await JSONResponse(ids)(scope, receive, send)
+
+    gate = Guard(told, config=ServeConfig(), keys=None, meters=Counted(), door=Door())
+    first, second = call(gate, "GET", "/", headers={"X-Request-ID": given}).json()
+    assert first == second != given.decode("latin-1")
 
 
 def test_a_closed_door_waits_for_those_inside() -> None:
@@ -474,9 +488,9 @@ def test_what_the_gate_refuses_is_counted(ask: AskModel, keys: Keys) -> None:
 
 def test_the_gate_knows_paths_below_a_prefix(ask: AskModel) -> None:
     outer = Starlette(routes=[Mount("/bench", build(ask))])
-    assert call(outer, "GET", "/bench/healthz", headers={"Host": "evil.org"}).status_code == 200  # type: ignore[arg-type]
+    assert call(outer, "GET", "/bench/healthz", headers={"Host": "evil.org"}).status_code == 200
     files = [("images", ("a.png", IMAGE))]
-    reply = call(outer, "POST", "/bench/v1/segment", files=files, data={"phrases": "a"})  # type: ignore[arg-type]
+    reply = call(outer, "POST", "/bench/v1/segment", files=files, data={"phrases": "a"})
     assert reply.status_code == 200
 
 

@@ -86,7 +86,7 @@ def test_errors_stand_in_rows_by_status() -> None:
 @pytest.mark.timeout(300)
 def test_it_runs(ray: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CLIENTS", (1, 4))
-    rows = {row.name: row for row in measure(BenchConfig(what="serve", seconds=0.5, serve=_small()))}
+    rows = {row.name: row for row in measure(BenchConfig(what=("serve",), seconds=0.5, serve=_small()))}
     assert rows["4 clients: answered"].ours == rows["1 clients: answered"].ours == 100
     assert rows["overload: neither 200 nor 503"].ours == 0
 

@@ -88,5 +88,5 @@ def test_serve_run(root: Path, port: int) -> None:
 
 def test_the_bench_keeps_away() -> None:
     with pytest.raises(ServiceError, match="Serve runs on this Ray already"):
-        measure(BenchConfig(what="serve"))
+        measure(BenchConfig(what=("serve",)))
     assert NAME not in serve.status().applications
