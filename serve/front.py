@@ -28,7 +28,7 @@ from serve.refusal import Refusal
 from serve.work import Work
 
 log = logging.getLogger("ray.serve")
-PROBE_S = 5.0
+PROBE_S = 1.0  # as long as load balancers wait for an answer
 GONE = (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError)
 
 

@@ -18,7 +18,7 @@ from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig
 from serve.guard import Keys
 from serve.model import Loaded
 from tests.serving.browser import PAGE_KEY, ask_for, chromium, hand_over, models, opened, serving
-from tests.serving.harness import Service, phrases_of, png, scene, started
+from tests.serving.harness import Service, free_port, phrases_of, png, scene, started
 
 KEY = "a-key-that-must-never-be-logged"
 
@@ -57,6 +57,7 @@ def service(
         "models": {"tiny": "tiny", "other": str(other_adapter)},
         "device": "cpu",
         "resident": 1,
+        "metrics_port": free_port(),
         "auth": True,
         "keys_file": str(keys),
         "limits": {"body_mb": 12, "phrases": 5, "images": 8, "queue": 16, "requests": 32},

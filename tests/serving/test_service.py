@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from PIL import Image
 
 from rlfseg.images import rle_decode
@@ -131,7 +132,7 @@ def test_clients_that_go_away_leave_no_trace(service: Service) -> None:
     image = png(scene(0, (300, 300)))
 
     async def ask(client: httpx.AsyncClient) -> int:
-        form = {"phrases": ["red ring"]}
+        form = {"phrases": ["red ring"], "steps": "30"}  # the model works on it for a while
         return (await client.post("/v1/segment", files=[("images", ("a.png", image))], data=form)).status_code
 
     async def go() -> list[Any]:
@@ -460,6 +461,8 @@ def test_metrics(service: Service) -> None:
     while missing() and time.monotonic() < until:
         time.sleep(0.5)  # replicas export at intervals
     assert missing() == []
+    port = yaml.safe_load((service.log.parent / "serve.yaml").read_text())["metrics_port"]
+    assert f":{port}/metrics\n" in service.log.read_text()  # where all of these were read
 
 
 def test_no_key_is_ever_written(service: Service) -> None:
