@@ -217,8 +217,12 @@ class TrainState:
 
 
 def binding(config: dict[str, Any]) -> dict[str, Any]:
-    """Those settings, of a TrainConfig as a dict, that the trained weights depend on beyond their last bits."""
-    return {k: v for k, v in config.items() if k not in FREE}
+    """Those settings, of a TrainConfig as a dict, that the trained weights depend on beyond their last bits.
+
+    Of `batch_size` and `accumulate` that is their product: it alone decides on a step's phrases.
+    """
+    own = {k: v for k, v in config.items() if k not in FREE}
+    return own | {"batch_size x accumulate": own.pop("batch_size") * own.pop("accumulate")}
 
 
 def speed_up(backbone: Backbone, config: SpeedConfig) -> None:

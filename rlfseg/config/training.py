@@ -55,10 +55,10 @@ class SpeedConfig:
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
 class TrainConfig:
-    """Trains an adapter by rectified flow with dynamic selection (Eq. 2, 4)."""
+    """Trains an adapter by rectified flow with dynamic selection (Eq. 2, 4); no augmentation: the paper names none."""
 
     out: str
-    """Folder to write the adapter, checkpoints, overlays and curves to."""
+    """Folder to write the adapter, checkpoints, overlays and curves to; with several nodes one that all of them see."""
     latents: str | None = None
     """Folder written by `encode`; give this or `samples`."""
     samples: str | None = None
@@ -71,6 +71,9 @@ class TrainConfig:
     """The model to fine-tune; must be the one that encoded the latents."""
     lora: LoraConfig = Field(default_factory=LoraConfig)
     """What is trained."""
+    init: str | None = None
+    """Adapter to start from, of the same `lora` and base: a folder, such as a checkpoint, `tiny`, models:/name@alias or
+    hf:owner/name@revision; null: from the base, as in the paper. Ours."""
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     """How."""
     speed: SpeedConfig = Field(default_factory=SpeedConfig)

@@ -7,7 +7,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +21,11 @@ from ray.train import CheckpointUploadMode
 from ray.train.torch import prepare_model
 from torch import distributed
 
-from rlfseg import draw, tracking
+from rlfseg import adapter, draw, tracking
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
 from rlfseg.config import TrainConfig, as_dict
-from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
+from rlfseg.errors import BadSample, ConfigError, DataError, ResourceError, RlfsegError
 from rlfseg.metrics import Sums
 from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.folders import write_json
@@ -113,6 +114,7 @@ class Loop:
     def run(self) -> None:
         """Trains from the newest whole checkpoint to the last step."""
         try:
+            self._require_out()
             self._tell_left_out()
             self._resume()
             # A gradient's memory is the bucket's: one copy less. There are no buffers to send around
@@ -123,6 +125,12 @@ class Loop:
         finally:
             self.load.end()
             self.recorded.end()
+
+    def _require_out(self) -> None:
+        """Stops where a node doesn't see the folder that curve, overlays and checkpoints go to."""
+        node = "" if (self.job.out / "_STARTED.json").is_file() else os.uname().nodename
+        if blind := sorted({name for name in self._from_all(node) if name}):
+            raise Stop(ConfigError(f"out: {self.job.out} is not seen by {', '.join(blind)}; all nodes must share it"))
 
     def _tell_left_out(self) -> None:
         """Writes down what can't be used of the validation samples, on whatever rank."""
@@ -139,6 +147,8 @@ class Loop:
         if newest:
             with self.store.checkpoint(Path(newest).name).as_directory() as folder:
                 self.state.load(Path(folder))
+        elif self.config.init:
+            self.state.backbone.load_weights(adapter.resolve(self.config.init))
         self.recorded.set_tags({"rlfseg.started_at_step": str(self.state.step_number)})
 
     def _epoch(self) -> None:
@@ -187,7 +197,9 @@ class Loop:
         self.recorded.log_metrics({f"val/{k}": v for k, v in figures.items()}, self.state.step_number)
         if self.rank == 0 and self.held_out:
             path = self.job.out / "overlays" / f"step-{self.state.step_number:07d}.png"
-            self.recorded.log_artifact(draw.save(path, _sheet(self.state, card, self.held_out)), "overlays")
+            sheet = _sheet(self.state, card, self.held_out)
+            with spared(path):
+                self.recorded.log_artifact(draw.save(path, sheet), "overlays")
         return figures
 
     # --- steps that were skipped -------------------------------------------------------------------------------
@@ -197,15 +209,15 @@ class Loop:
         bad = [i for b in step for i in b.ids] if not math.isfinite(figures["loss"]) else []
         ids = [i for part in self._from_all(bad) for i in part]
         if self.rank == 0:
-            with (self.job.out / SKIPPED).open("a") as lines:
-                lines.write(json.dumps({"step": self.state.step_number, "phrases": ids}) + "\n")
+            _append(self.job.out / SKIPPED, {"step": self.state.step_number, "phrases": ids})
         self.recorded.log_metrics({"train/skipped": 1.0}, self.state.step_number)
 
     def _diverged(self, figures: Figures) -> DataError:
         return DataError(
             f"step {self.state.step_number}: the gradient is {figures['grad_norm']} for {self.state.bad_steps} "
-            f"steps in a row, more than max_bad_steps: {self.config.max_bad_steps}; lower optimizer.lr, or look at the "
-            f"phrases in {self.job.out / SKIPPED}. The weights of the last good step are in {self.job.storage}"
+            f"steps in a row, more than max_bad_steps: {self.config.max_bad_steps}; look at the phrases in "
+            f"{self.job.out / SKIPPED}, or train into another `out` with a lower optimizer.lr, and with `init` if not "
+            f"anew: the newest checkpoint in {self.job.storage}/{self.job.name} has the last good weights"
         )
 
     # --- between ranks -----------------------------------------------------------------------------------------
@@ -262,8 +274,7 @@ class Meter:
         row = {k: math.fsum(p[k] for p in parts) for k in own} | {"samples_per_second": speed}
         self.recorded.log_metrics({f"train/{k}": v for k, v in row.items()}, step)
         if self.out:
-            with (self.out / CURVE).open("a") as lines:
-                lines.write(json.dumps({"step": step, **row}) + "\n")
+            _append(self.out / CURVE, {"step": step, **row})
         self.rows, self.start = [], now
 
 
@@ -317,6 +328,20 @@ def _card(job: Job) -> Card:
         run_id=job.run_id or "",
         config=as_dict(config),
     )
+
+
+@contextmanager
+def spared(path: Path) -> Iterator[None]:
+    """A training is worth more than a file that shows how it goes: where that can't be written, it goes on."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s can't be written, the training goes on: %s", path, error)
+
+
+def _append(path: Path, row: Row) -> None:
+    with spared(path), path.open("a") as lines:
+        lines.write(json.dumps(row) + "\n")
 
 
 def read_curve(out: Path) -> list[Row]:

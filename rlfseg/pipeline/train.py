@@ -26,7 +26,7 @@ from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
 from rlfseg.pipeline.folders import begin, finish, read_json, require_finished, weights, write_json
 from rlfseg.pipeline.ingest import steps_per_epoch
-from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, read_curve, work
+from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, read_curve, spared, work
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
@@ -57,15 +57,17 @@ def run(config: TrainConfig) -> Summary:
     """
     start = time.monotonic()
     config = _absolute(config)
-    if config.val_samples is not None:
-        open_samples(config.val_samples)  # told now, not by a worker
+    # Told now, not by a worker
+    held_out = open_samples(config.val_samples).fingerprint if config.val_samples else None
     out = Path(config.out)
     source = open_source(config)
     phrases, steps = int(source.counts.sum()), steps_per_epoch(source.counts, config)
     _check(config, source, steps)
     base = resolve_base(config.backbone.base)  # downloads once, before the workers ask for it all at once
+    if config.init:
+        _check_init(config, base)
     total = int(min(config.max_steps or math.inf, config.epochs * steps))
-    identity = binding(as_dict(config)) | {"data": source.fingerprint}
+    identity = binding(as_dict(config)) | {"data": source.fingerprint, "val_data": held_out}
     identity |= {"weights": weights(*(base / part for part in ("unet", "vae", "text_encoder")))}
     state = begin(out, identity)
     if state == "done":
@@ -135,6 +137,7 @@ def _absolute(config: TrainConfig) -> TrainConfig:
         latents=_place(config.latents),
         samples=_place(config.samples),
         val_samples=_place(config.val_samples),
+        init=_place(config.init) if config.init and Path(config.init).exists() else config.init,
         storage=_place(config.storage),
     )
 
@@ -156,6 +159,15 @@ def _check(config: TrainConfig, source: Source, steps: int) -> None:
         )
     if (config.min_workers or 1) > config.workers:
         raise ConfigError(f"min_workers: {config.min_workers} is more than workers: {config.workers}")
+
+
+def _check_init(config: TrainConfig, base: Path) -> None:
+    card = adapter.read_card(adapter.resolve(str(config.init)))
+    there = {"base": card.base_weights or card.base, "lora": card.config.get("lora")}
+    own = adapter.weights_hash(base) if card.base_weights else config.backbone.base
+    here = {"base": own, "lora": as_dict(config)["lora"]}
+    if wrong := [f"{k} ({there[k]!r} there, {here[k]!r} here)" for k in here if there[k] != here[k]]:
+        raise ConfigError(f"init: {config.init} was trained with other settings: {'; '.join(wrong)}; use the same")
 
 
 def _fit(job: Job, store: Store) -> set[str]:
@@ -188,7 +200,8 @@ def _fit(job: Job, store: Store) -> set[str]:
         raise cause from None
     if isinstance(result.return_value, RlfsegError):
         raise result.return_value
-    return {checkpoint.path for checkpoint, _ in result.best_checkpoints or ()}
+    best = [checkpoint for checkpoint, _ in result.best_checkpoints or ()]
+    return {checkpoint.path for checkpoint in (*best, result.checkpoint) if checkpoint}  # which is the last
 
 
 def _cause(error: TrainingFailedError, job: Job) -> RlfsegError:
@@ -199,7 +212,7 @@ def _cause(error: TrainingFailedError, job: Job) -> RlfsegError:
     # Where one worker dies, the others fail for want of it
     first = next((f for f in failures if isinstance(f, RayActorError)), failures[0])
     text = " ".join(str(first).split())[:300]
-    fix = "lower batch_size and raise accumulate, or set speed.gradient_checkpointing; then "
+    fix = "lower batch_size and raise accumulate, by the same factor, or set speed.gradient_checkpointing; then "
     return ResourceError(
         f"a worker failed, more often than max_failures: {job.config.max_failures}: {text}; "
         f"{fix if 'out of memory' in text.lower() else ''}the same command goes on from the newest checkpoint"
@@ -220,8 +233,28 @@ def _described(config: TrainConfig, source: Source) -> str:
 
 def _publish(job: Job, store: Store, recorded: tracking.Run) -> Row:
     """Copies the best whole checkpoint (the last, without validation) to `adapter` and records it."""
-    target, step = job.out / "adapter", -1
-    metrics: dict[str, float] = {}
+    target = job.out / "adapter"
+    try:
+        step, metrics = _copy_best(store, target)
+    except OSError as error:
+        raise ResourceError(
+            f"out: {target} can't be written: {error}. All steps are done, and kept in {store.storage}; make room and "
+            "give the same command again"
+        ) from error
+    curve = read_curve(job.out)
+    if curve:
+        series = {k: ([r["step"] for r in curve], [r.get(k, math.nan) for r in curve]) for k in SHOWN_FIGURES}
+        with spared(job.out / "curves.png"):
+            recorded.log_artifact(draw.curves(job.out / "curves.png", series), "curves")
+    recorded.log_artifacts(target, "adapter")
+    model = tracking.log_model_folder(recorded, target)
+    figures = {f"val_{k}": v for k, v in metrics.items()}
+    return {"model": model, "run_id": job.run_id, "steps": job.total_steps, "step_of_adapter": step, "figures": figures}
+
+
+def _copy_best(store: Store, target: Path) -> tuple[int, dict[str, float]]:
+    """Copies the best whole checkpoint, or without validation the last; its step and figures."""
+    step, metrics = -1, dict[str, float]()
     for _, folder in store.whole():
         card, done = adapter.read_card(folder), json.loads((folder / PROGRESS).read_text())["step"]
         if step < 0 or card.metrics.get("miou", -1.0) > metrics.get("miou", -1.0):
@@ -230,14 +263,7 @@ def _publish(job: Job, store: Store, recorded: tracking.Run) -> Row:
             metrics, step = card.metrics, done
     if step < 0:
         raise ModelError(f"{store.storage}: none of the checkpoints is whole; give another `out` to train anew")
-    curve = read_curve(job.out)
-    if curve:
-        series = {k: ([r["step"] for r in curve], [r.get(k, math.nan) for r in curve]) for k in SHOWN_FIGURES}
-        recorded.log_artifact(draw.curves(job.out / "curves.png", series), "curves")
-    recorded.log_artifacts(target, "adapter")
-    model = tracking.log_model_folder(recorded, target)
-    figures = {f"val_{k}": v for k, v in metrics.items()}
-    return {"model": model, "run_id": job.run_id, "steps": job.total_steps, "step_of_adapter": step, "figures": figures}
+    return step, metrics
 
 
 def _tracked(config: TrainConfig, out: Path) -> tracking.Run:

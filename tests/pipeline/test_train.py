@@ -1,0 +1,175 @@
+"""`rlfseg train` without a cache, whole; what it keeps, starts from, and does where a file can't be written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlfseg import adapter, cli, hdf5, tracking
+from rlfseg.adapter import Card
+from rlfseg.backbone import Backbone
+from rlfseg.config import BackboneConfig, LoraConfig, OptimizerConfig, TrainConfig, as_dict
+from rlfseg.datasets.shapes import draw_scene
+from rlfseg.errors import ConfigError, RlfsegError
+from rlfseg.hdf5 import Labelled, Sample
+from rlfseg.metrics import Sums
+from rlfseg.pipeline import loop, train
+from rlfseg.pipeline.folders import write_json
+from rlfseg.pipeline.ingest import batches
+from rlfseg.pipeline.loop import CURVE, SKIPPED, Job, Loop, Meter, Stop, read_curve
+from rlfseg.pipeline.sources import open_source
+from rlfseg.segmenter import Segmenter
+from rlfseg.training import TrainState
+
+TINY = BackboneConfig(base="tiny", resolution=64, device="cpu")
+MADE_UP = (0.2, 0.6, 0.3, 0.1)  # mIoU after each step
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight drawn scenes of a phrase each, as `prepare` leaves them."""
+    folder = tmp_path_factory.mktemp("samples")
+    scenes = [draw_scene(n) for n in range(8)]
+    labelled = [[Labelled(caption=p.caption, mask=p.mask) for p in s.phrases[:1]] for s in scenes]
+    hdf5.write_shard(
+        folder / "0.h5",
+        [Sample(id=f"{n}", image=s.image, phrases=p) for n, (s, p) in enumerate(zip(scenes, labelled, strict=True))],
+    )
+    hdf5.build_index(folder)
+    write_json(folder / "_SUCCESS.json", {"identity": {}})
+    return folder
+
+
+@pytest.mark.usefixtures("ray")
+def test_samples_are_encoded_in_the_loop_and_the_best_checkpoint_is_published(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights, two epochs of two steps on two workers, in real Ray; of validation only the results are played."""
+
+    def played(loop_config: dict[str, Any]) -> RlfsegError | None:
+        from rlfseg.pipeline import loop
+
+        loop.Loop._validate = lambda self, card: {"miou": MADE_UP[self.state.step_number - 1]}  # type: ignore[method-assign]
+        return loop.work(loop_config)
+
+    monkeypatch.setattr(train, "work", played)
+    out = tmp_path / "out"
+    flags = [f"--out={out}", f"--samples={samples}", f"--val_samples={samples}", "--tracking.enabled=false"]
+    flags += ["--backbone.base=tiny", "--backbone.resolution=64", "--lora.full=true", "--optimizer.lr=1e-3"]
+    flags += ["--workers=2", "--batch_size=2", "--epochs=2", "--validate_every=1", "--keep=1", "--log_every=1"]
+    assert cli.main("train", flags) == 0
+    state = json.loads((out / "_SUCCESS.json").read_text())
+    assert (state["steps"], state["step_of_adapter"], state["figures"]) == (4, 2, {"val_miou": 0.6})
+    kept = [int(p.name.split("-")[1]) for p in sorted(out.glob("checkpoints/*/step-*"))]
+    assert kept == [2, 4]  # the best and the last
+    card = adapter.read_card(out / "adapter")
+    assert (card.full, card.metrics) == (True, {"miou": 0.6})
+    assert Segmenter.load(str(out / "adapter"))(draw_scene(0).image, ["star"])[0].mask.shape == (64, 64)
+
+    # One plain process on the same steps
+    config = TrainConfig(
+        **{"out": "", "samples": str(samples), "workers": 2, "batch_size": 2, "backbone": TINY},
+        **{"lora": LoraConfig(full=True), "optimizer": OptimizerConfig(lr=1e-3)},
+    )
+    backbone = Backbone.load(TINY)
+    backbone.add_lora(config.lora)
+    plain, losses = TrainState(config, backbone, 4), list[float]()
+    source = open_source(config)
+    for epoch in (0, 1):
+        plain.epoch, seen = epoch, list[str]()
+        for step in batches(source, backbone, config, epoch=epoch, rank=0, world=1):
+            seen += chain(*(b.ids for b in step))
+            losses.append(plain.step(*step)["loss"])
+        assert sorted(seen) == [f"{n}#0" for n in range(8)]
+    assert [row["loss"] for row in read_curve(out)] == pytest.approx(losses, rel=1e-2)
+
+
+# --- where it starts ----------------------------------------------------------------------------------------------
+
+
+LORA = LoraConfig(rank=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter with weights like no other's."""
+    folder = tmp_path_factory.mktemp("adapter")
+    backbone = Backbone.load(TINY)
+    backbone.add_lora(LORA)
+    for n, weight in enumerate(backbone.trainable()):
+        weight.data.fill_(n + 1)
+    settings = as_dict(TrainConfig(out="", backbone=TINY, lora=LORA))
+    adapter.save(backbone, folder, Card(base="tiny", resolution=64, config=settings))
+    return folder
+
+
+def bare_loop(config: TrainConfig, out: Path, **parts: object) -> Loop:
+    """The only process, with no more than a test looks at."""
+    own = Loop.__new__(Loop)
+    own.rank, own.world, own.config, own.recorded = 0, 1, config, tracking.Run("")
+    own.job = Job(config=config, out=out, storage="", name="", total_steps=9, data="", uri="", run_id=None)
+    vars(own).update(parts)
+    return own
+
+
+def test_a_training_can_start_from_an_adapter(trained: Path, tmp_path: Path) -> None:
+    config = TrainConfig(out="", backbone=TINY, lora=LORA, init=str(trained))
+    backbone = Backbone.load(TINY)
+    backbone.add_lora(LORA)
+    state = TrainState(config, backbone, 9)
+    bare_loop(config, tmp_path, state=state, store=SimpleNamespace(whole=lambda: [].__iter__()))._resume()
+    assert [float(w.detach().flatten()[0]) for w in state.weights] == list(range(1, len(state.weights) + 1))
+    assert state.step_number == 0
+
+
+def test_an_adapter_of_another_shape_is_refused_before_the_start(trained: Path, samples: Path, tmp_path: Path) -> None:
+    config = TrainConfig(out=str(tmp_path / "out"), samples=str(samples), backbone=TINY, lora=LORA, init=str(trained))
+    with pytest.raises(ConfigError, match=r"init: .*other settings: lora \(.*'rank': 2.*there, .*'rank': 3.*here\)"):
+        train.run(dataclasses.replace(config, lora=LoraConfig(rank=3)))
+    assert not (tmp_path / "out").exists()
+
+
+# --- files that can't be written ----------------------------------------------------------------------------------
+
+
+def test_a_full_disk_costs_lines_and_overlays_but_no_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(out="", log_every=1, val_samples="")
+    overlay = tmp_path / "overlays" / "step-0000007.png"
+    overlay.parent.mkdir()
+    for path in (tmp_path / CURVE, tmp_path / SKIPPED, overlay):
+        path.symlink_to("/dev/full")
+    figures = {"loss": 1.0, "chose_refined": 0.0, "lr": 1.0, "grad_norm": 1.0, "skipped": 0.0}
+    meter = Meter(tracking.Run(""), config, tmp_path, 1.0, lambda own: [own])
+    meter.add(1, figures)
+    sums = Sums()
+    sums.add(np.ones((2, 2), np.float32), np.ones((2, 2), np.uint8), 0.5)
+    state = SimpleNamespace(step_number=7, validate=lambda held_out, card: sums)
+    own = bare_loop(config, tmp_path, state=state, held_out=[None])
+    monkeypatch.setattr(loop, "_sheet", lambda *_: np.zeros((9, 9, 3), np.uint8))
+    own._note_skipped([], figures)
+    own._validate(Card(base="tiny", resolution=64))
+    told = [r.getMessage() for r in caplog.records if "the training goes on" in r.getMessage()]
+    assert [name for name in (CURVE, SKIPPED, overlay.name) if any(name in line for line in told)] == [
+        *(CURVE, SKIPPED, overlay.name)
+    ]
+    assert all("No space left on device" in line for line in told)
+    (tmp_path / CURVE).unlink()
+    meter.add(2, figures)
+    assert [row["step"] for row in read_curve(tmp_path)] == [2]
+
+
+def test_a_node_that_does_not_see_the_output_folder_is_named(tmp_path: Path) -> None:
+    own = bare_loop(TrainConfig(out=""), tmp_path)
+    with pytest.raises(Stop, match=rf"out: {tmp_path} is not seen by .*; all nodes must share it"):
+        own._require_out()
+    write_json(tmp_path / "_STARTED.json", {})
+    own._require_out()
