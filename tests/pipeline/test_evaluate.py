@@ -1,4 +1,4 @@
-"""Evaluation: the per-image work and the report by calling them, then the command on real Ray."""
+"""Evaluation without Ray: every protocol in one pass, refusals, what is told beside the figures."""
 
 from __future__ import annotations
 
@@ -9,19 +9,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given as drawn_by
-from hypothesis import strategies as st
-from numpy.typing import NDArray
 from PIL import Image
 
 from rlfseg import adapter, cli, hdf5, images, metrics
-from rlfseg.config import EvaluateConfig, PredictConfig
+from rlfseg.config import PredictConfig
 from rlfseg.datasets import folder, records
 from rlfseg.errors import ConfigError, ModelError
-from rlfseg.metrics import PROTOCOLS, Argmax, PhraseCut, SemSeg
+from rlfseg.metrics import PROTOCOLS, Argmax, SemSeg
 from rlfseg.pipeline import effective, evaluate, predict, report
 from rlfseg.pipeline.evaluate import LoadTruth, Measure, Scorer
 from rlfseg.pipeline.folders import begin, finish
@@ -30,60 +26,7 @@ from rlfseg.pipeline.rows import Row, RowByRow
 from rlfseg.pipeline.samples import Samples, open_samples
 from rlfseg.pipeline.stages import Stage
 from rlfseg.results import Square
-
-CLASSES = ("grass", "sky", "tree")
-ALL = (*PROTOCOLS, "semseg")
-WHAT = {"threshold": 0.5, "threshold_from": "a test", "truth": {"source": "drawn", "rasteriser": "pycocotools"}}
-
-
-def config(**settings: Any) -> EvaluateConfig:
-    given = {"samples": "nowhere", "out": "out", "predictions": "p", "protocol": ALL, "overlays": 0, "resamples": 50}
-    return EvaluateConfig(**{**given, **settings})
-
-
-def made(seed: int, n: int = 9) -> list[Row]:
-    """Rows as the loader gives them: masks apart from each other, predictions of which some are missing."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for i in range(n):
-        size = (int(rng.integers(5, 20)), int(rng.integers(5, 20)))
-        owner = rng.integers(-1, len(CLASSES), size=size)
-        captions = [c for k, c in enumerate(CLASSES) if (owner == k).any() and (i + k) % 4]
-        labels = [(owner == CLASSES.index(c)).astype(np.uint8) for c in captions]
-        scores = {c: np.clip(0.6 * (owner == k) + 0.5 * rng.random(size), 0, 1) for k, c in enumerate(CLASSES)}
-        predicted = {c: s.astype(np.float32) for c, s in scores.items()}
-        if captions and i % 3 == 2:
-            del predicted[captions[0]]
-        rows.append(
-            {
-                "id": f"i{i}",
-                "size": size,
-                "captions": captions,
-                "labels": labels,
-                "subsets": [report.subsets_of(m, k % 7) for k, m in enumerate(labels)],
-                "empty": 0,
-                "scores": [predicted.get(c) for c in captions],
-                "others": [(c, s) for c, s in predicted.items() if c not in captions],
-            }
-        )
-    return rows
-
-
-def written(rows: list[Row], out: Path, settings: EvaluateConfig, files: int = 3) -> Row:
-    """The report of rows that went through the evaluator."""
-    (out / "data").mkdir(parents=True)
-    done = RowByRow(Measure(settings, 0.5, CLASSES))(rows)
-    for n in range(files):
-        table = pa.Table.from_pylist(done[n::files], schema=evaluate.schema(settings.protocols))
-        pq.write_table(table, out / "data" / f"{n}.parquet")
-    refused = {r["id"]: r["status"] for r in done if r["status"] != "ok"}
-    report.write(settings, out, WHAT, CLASSES, 4, {"refused": refused})
-    return dict(json.loads((out / "results.json").read_text()))
-
-
-def given(row: Row, caption: str) -> NDArray[np.float32] | None:
-    return dict([*zip(row["captions"], row["scores"], strict=True), *row["others"]]).get(caption)
-
+from tests.pipeline.evaluated import ALL, CLASSES, config, given, made, written
 
 # --- without Ray --------------------------------------------------------------------------------------------------
 
@@ -111,100 +54,6 @@ def test_one_pass_gives_every_protocol_what_it_gives_alone(tmp_path: Path) -> No
         semseg.merge(SemSeg.of(best.labels, truth, 3))
     assert got["protocols"]["semseg"] == json.loads(json.dumps(semseg.results()))
     assert got["class_iou"] == dict(zip(CLASSES, semseg.iou().tolist(), strict=True))
-
-
-def test_subsets_add_up_to_the_whole(tmp_path: Path) -> None:
-    got = written(made(1, 12), tmp_path, config(protocol=("phrasecut", "rlfseg")))
-    for kind in ("size_", "instances_"):
-        parts = [own["rlfseg"] for name, own in got["subsets"].items() if name.startswith(kind)]
-        total = sum(p["n_samples"] for p in parts)
-        if kind == "size_":
-            assert total == got["n_samples"]
-            assert sum(p["n_samples"] * p["miou"] for p in parts) / total == pytest.approx(got["miou"])
-    assert all(set(own) == {"phrasecut", "rlfseg"} for own in got["subsets"].values())
-
-
-@pytest.mark.parametrize(
-    ("pixels", "instances", "names"),
-    [
-        (0, 0, ["size_empty"]),
-        (0, None, ["size_empty"]),
-        (19, 1, ["size_small", "instances_1"]),
-        (20, 2, ["size_mid", "instances_2_up", "instances_2_4"]),
-        (200, 4, ["size_mid", "instances_2_up", "instances_2_4"]),
-        (201, 5, ["size_large", "instances_2_up", "instances_5_up"]),
-    ],
-)
-def test_subsets_of_a_phrase(pixels: int, instances: int | None, names: list[str]) -> None:
-    mask = np.zeros(1000, np.uint8)
-    mask[:pixels] = 1
-    assert report.subsets_of(mask.reshape(20, 50), instances) == names
-
-
-def phrasecut_subsets(share: float, boxes: int) -> set[str]:
-    """As the data set's `utils/subset.py` defines them; of "more than one" its text and its code differ."""
-    number = {"i_single": boxes == 1, "i_multi (text)": boxes > 1, "i_multi (code)": 1 < boxes < 5, "i_many": boxes > 4}
-    size = {"s_small": share < 0.02, "s_large": share > 0.2, "s_mid": 0.02 <= share <= 0.2}
-    return {name for name, inside in (number | size).items() if inside}
-
-
-@drawn_by(st.integers(1, 1000), st.integers(1, 9))
-def test_phrasecuts_subsets_are_among_ours(pixels: int, instances: int) -> None:
-    names = {
-        **{"instances_1": "i_single", "instances_2_up": "i_multi (text)", "instances_2_4": "i_multi (code)"},
-        **{"instances_5_up": "i_many", "size_small": "s_small", "size_mid": "s_mid", "size_large": "s_large"},
-    }
-    mask = (np.arange(1000) < pixels).astype(np.uint8)
-    ours = report.subsets_of(mask.reshape(20, 50), instances)
-    assert {names[own] for own in ours} == phrasecut_subsets(pixels / 1000, instances)
-
-
-def test_attributes_are_columns_with_few_texts_one_a_phrase() -> None:
-    texts = pa.list_(pa.string())
-    index = pa.table(
-        {
-            "id": ["a", "b"],
-            "captions": pa.array([["x", "y"], ["z"]], texts),
-            "type": pa.array([["stuff", "object"], ["object"]], texts),
-            "short": pa.array([["stuff"], ["object"]], texts),
-            "absent": pa.array([None, ["object"]], texts),
-        }
-    )
-    assert report.attributes(index) == ["type"]
-    many = pa.table({"captions": pa.array([["x"]] * 40, texts), "task": pa.array([[str(n)] for n in range(40)], texts)})
-    assert report.attributes(many) == []
-
-
-def test_intervals_hold_the_value_and_are_the_same_again(tmp_path: Path) -> None:
-    got = [written(made(2, 30), tmp_path / name, config(seed=s)) for name, s in (("a", 1), ("b", 1), ("c", 2))]
-    assert got[0]["intervals"] == got[1]["intervals"] != got[2]["intervals"]
-    low, high = got[0]["intervals"]["rlfseg"]["miou"]
-    assert low < got[0]["miou"] < high
-    assert got[0]["bootstrap"] == {"resamples": 50, "seed": 1, "level": 0.95, "unit": "image"}
-    none = written(made(2, 30), tmp_path / "d", config(resamples=0))
-    assert none["intervals"] == {}
-
-
-def test_intervals_do_not_depend_on_how_the_images_lie_in_the_files(tmp_path: Path) -> None:
-    rows = made(5, 30)
-    one = written(rows, tmp_path / "one", config(seed=1))
-    other = written(rows[::-1], tmp_path / "other", config(seed=1), files=3)
-    assert one == other
-
-
-def test_intervals_are_of_whole_images(tmp_path: Path) -> None:
-    rows, settings = made(7, 12), config(protocol="phrasecut", resamples=40, seed=3)
-    got = written(rows, tmp_path, settings, files=2)
-    means, sums = [], []
-    for row in sorted(rows, key=lambda row: str(row["id"])):  # not as they lie in the two files
-        pairs = [(given(row, c), t) for c, t in zip(row["captions"], row["labels"], strict=True)]
-        ious = [0.0 if s is None else metrics.iou((s > 0.5).astype(np.uint8), t) for s, t in pairs]
-        if ious:
-            sums.append((sum(ious), len(ious)))
-    for draw in metrics.draw_images(len(sums), 40, 3):
-        total, count = (draw.astype(float) @ [part[i] for part in sums] for i in (0, 1))
-        means.append(total / count)
-    assert got["intervals"]["phrasecut"]["miou"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=1e-9)
 
 
 @pytest.mark.fault("metric-09", part="results")
@@ -500,185 +349,3 @@ def test_too_many_classes_are_no_classes() -> None:
     samples = SimpleNamespace(rows=pa.table({"captions": captions}), folder="runs/phrases")
     with pytest.raises(ConfigError, match="has 2001 different ones"):
         evaluate._classes(samples)  # type: ignore[arg-type]
-
-
-# --- with Ray -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory, ray: None) -> Path:
-    """Ten drawn scenes and 16-bit scores of another system for them, one of which is missing."""
-    out = tmp_path_factory.mktemp("evaluate")
-    assert cli.main("prepare", [f"--out={out / 'test'}", "--shapes.count=10", "--images_per_shard=4"]) == 0
-    rng = np.random.default_rng(0)
-    lines = []
-    (out / "theirs").mkdir()
-    for row in hdf5.read_index(out / "test").to_pylist():
-        for n, phrase in enumerate(hdf5.read_sample(out / "test" / row["shard"], row["id"]).phrases):
-            score = np.clip(0.7 * phrase.mask + 0.4 * rng.random(phrase.mask.shape), 0, 1)
-            png = f"{row['id']}_{n}.png"
-            Image.fromarray((score * 65535).astype(np.uint16)).save(out / "theirs" / png)
-            lines.append({"id": row["id"], "phrase": phrase.caption, "png": png})
-    (out / "theirs" / "predictions.jsonl").write_text("\n".join(map(json.dumps, lines[1:])))
-    return out
-
-
-@pytest.mark.timeout(1800)
-def test_another_systems_scores_by_every_protocol(scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    flags = [
-        f"--samples={scenes / 'test'}",
-        f"--predictions={scenes / 'theirs'}",
-        f"--protocol={','.join(ALL)}",
-        f"--out={scenes / 'out'}",
-        f"--tracking.uri=sqlite:///{scenes / 'mlflow.db'}",
-        "--overlays=2",
-        "--resamples=100",
-    ]
-    assert cli.main("evaluate", flags) == 0
-    got = json.loads((scenes / "out" / "results.json").read_text())
-    whole, lost = {p: PROTOCOLS[p]() for p in PROTOCOLS}, True
-    for row in hdf5.read_index(scenes / "test").to_pylist():
-        for n, phrase in enumerate(hdf5.read_sample(scenes / "test" / row["shard"], row["id"]).phrases):
-            levels = np.array(Image.open(scenes / "theirs" / f"{row['id']}_{n}.png"))
-            score = levels.astype(np.float32) / 65535 * (not lost)
-            for protocol, sums in whole.items():
-                sums.merge(metrics.measure(protocol, score, phrase.mask, 0.5, missing=lost))  # type: ignore[arg-type]
-            lost = False
-    assert {p: got["protocols"][p] for p in PROTOCOLS} == json.loads(
-        json.dumps({p: sums.results() for p, sums in whole.items()})
-    )
-    assert isinstance(whole["phrasecut"], PhraseCut)
-    assert got["denominator"]["n_missing_predictions"] == whole["phrasecut"].n_missing == 1
-    assert got["denominator"]["n_evaluated"] == got["n_samples"]
-    assert {p.name for p in (scenes / "out").glob("*.png")} >= {"best.png", "worst.png", "precision_recall.png"}
-    what = got["what"]
-    assert (what["threshold"], what["threshold_from"]) == (0.5, "the default for predictions")
-    assert (what["predictions"], what["samples"]) == (str(scenes / "theirs"), str(scenes / "test"))
-    assert what["samples_fingerprint"] == open_samples(scenes / "test").fingerprint
-    assert what["truth"] == {"source": "shapes", "rasteriser": None}
-    warning = "phrasecut: the true masks are not known to be drawn by pil"
-    assert warning in capsys.readouterr().out
-    assert cli.main("evaluate", flags) == 0
-    said = capsys.readouterr().out
-    assert "10 of them done before" in said
-    assert warning in said
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{scenes / 'mlflow.db'}")
-    experiment = client.get_experiment_by_name("rlfseg")
-    assert experiment is not None
-    logged = client.search_runs([experiment.experiment_id])[0]
-    assert logged.data.metrics["test/clipseg/ap_clipseg"] == got["protocols"]["clipseg"]["ap_clipseg"]
-    assert logged.data.metrics["test/miou"] == got["miou"]
-    assert logged.data.metrics["test/threshold"] == float(logged.data.params["what.threshold"]) == 0.5
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.fault("ingest-04")
-def test_what_was_skipped_is_in_the_denominators_note(tmp_path: Path, ray: None) -> None:
-    """Three pictures are missing on disk, two phrases have no mask; one mask has three sentences."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    mask = np.zeros((20, 30), np.uint8)
-    mask[5:15, 5:15] = 255
-    lines = []
-    for name in ("here", "gone1", "gone2", "gone3", "bare1", "bare2", "other"):
-        if not name.startswith("gone"):
-            Image.new("RGB", (30, 20), "teal").save(folder / f"{name}.png")
-        if not name.startswith("bare"):
-            Image.fromarray(mask).save(folder / f"{name}_mask.png")
-        sentences = ["the dog", "dog on the left", "left"] if name == "here" else ["thing"]
-        lines += [{"image": f"{name}.png", "phrase": s, "mask": f"{name}_mask.png"} for s in sentences]
-    (folder / "phrases.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    flags = ["--source=folder", f"--path={folder}", "--on_error=skip", f"--out={tmp_path / 'samples'}"]
-    assert cli.main("prepare", flags) == cli.REFUSED_SOME
-    code = cli.main(
-        "evaluate",
-        [
-            f"--samples={tmp_path / 'samples'}",
-            f"--predictions={tmp_path / 'samples'}",
-            "--protocol=[refer,phrasecut]",
-            f"--out={tmp_path / 'out'}",
-            "--tracking.enabled=false",
-            "--overlays=0",
-        ],
-    )
-    assert code == 0
-    got = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert got["protocols"]["refer"]["n_samples"] == got["denominator"]["n_evaluated"] == 4
-    assert got["protocols"]["refer"]["miou"] == got["protocols"]["phrasecut"]["miou"] == 1
-    assert got["denominator"]["n_images"] == 2
-    assert got["denominator"]["n_skipped"] == 5
-    assert sum(got["denominator"]["skipped_in_prepare"].values()) == 5
-    assert "n_skipped | 5" in (tmp_path / "out" / "results.md").read_text()
-
-
-@pytest.mark.timeout(1800)
-@pytest.mark.fault("raster-07", part="evaluate")
-@pytest.mark.fault("ingest-03", part="evaluate")
-@pytest.mark.parametrize(("rule", "area"), [("pil", 100), ("pycocotools", 81)])
-def test_what_prepare_draws_is_its_own_best_prediction_and_what_is_missing_is_told(
-    tmp_path: Path, ray: None, rule: str, area: int
-) -> None:
-    """A square with corners 0 and 9 in seven pictures of COCO's form, three of them not on disk; five more that are."""
-    (tmp_path / "images").mkdir()
-    for number in (*range(1, 5), *range(20, 25)):
-        Image.new("RGB", (30, 20)).save(tmp_path / "images" / f"{number}.png")
-    square = {"category_id": 1, "iscrowd": 0, "segmentation": [[0, 0, 0, 9, 9, 9, 9, 0]]}
-    tree = {
-        "images": [{"id": n, "file_name": f"{n}.png", "height": 20, "width": 30} for n in range(1, 8)],
-        "annotations": [square | {"id": n, "image_id": n} for n in range(1, 8)],
-        "categories": [{"id": 1, "name": "square"}],
-    }
-    (tmp_path / "mine.json").write_text(json.dumps(tree))
-    places = [f"--path={tmp_path / 'mine.json'}", f"--images={tmp_path / 'images'}", f"--out={tmp_path / 'set'}"]
-    flags = ["--source=coco", "--on_error=skip", f"--rasteriser={rule}", *places]
-    assert cli.main("prepare", flags) == cli.REFUSED_SOME
-    places = [f"--samples={tmp_path / 'set'}", f"--predictions={tmp_path / 'set'}", f"--out={tmp_path / 'out'}"]
-    flags = ["--protocol=rlfseg,phrasecut", "--tracking.enabled=false", "--overlays=0", *places]
-    assert cli.main("evaluate", flags) == 0
-    got = json.loads((tmp_path / "out" / "results.json").read_text())
-    (row, *_), note = open_samples(tmp_path / "set").rows.to_pylist(), got["denominator"]
-    assert hdf5.read_sample(tmp_path / "set" / row["shard"], row["id"]).phrases[0].mask.sum() == area
-    assert got["miou"] == got["protocols"]["phrasecut"]["miou"] == 1
-    assert got["what"]["truth"]["rasteriser"] == rule
-    assert any(line.startswith("phrasecut: ") for line in got["notes"]) == (rule != "pil")
-    assert (note["n_evaluated"], note["n_skipped"], sum(note["skipped_in_prepare"].values())) == (4, 3, 3)
-    assert "missing: 3 pictures are not on disk: 5.png, 6.png, 7.png" in got["notes"]
-    assert any(line.startswith("unused: 5 pictures that no list names: 20.png") for line in got["notes"])
-    assert "- missing: 3 pictures" in (tmp_path / "out" / "results.md").read_text()
-
-
-def test_phrases_that_prepare_left_out_are_in_the_note_of_refined_samples_too(tmp_path: Path) -> None:
-    report_of = {
-        "name": "PhraseCut",
-        "splits": {"val": {"found": {"images": 4, "phrases": 9}, "official": {"images": 5, "phrases": 9}}},
-        "missing": [],
-        "unused": {"count": 0, "first": []},
-        "excluded": ["5", "6"],
-        "exclusion": "excluded: 2 pictures by exclude_ids",
-        "without_phrases": 3,
-        "skipped": {"1: a": "no outline", "2: b": "no outline"},
-        "partly": {"3: c": "1 polygons"},
-    }
-    prepared, refined = tmp_path / "made", tmp_path / "refined"
-    for place, identity, told in (
-        (prepared, {"source": "phrasecut"}, {"refused": {"9": "no picture"}, "report": report_of}),
-        (refined, {"samples": str(prepared)}, {"refused": {"8": "too large"}}),
-    ):
-        begin(place, identity)
-        finish(place, identity, told)
-    settings = config(samples=str(refined), protocol="rlfseg")
-    seen: list[Row] = [{"id": "1", "iou": [0.5, 0.7], "missing": [False, True], "clipped": 0, "empty": 1, "unused": 2}]
-    refused, told = report._left_out(refined)
-    note = report._denominator(settings, {"refused": {"7": "NaN"}}, seen, 4, refused, told)
-    assert (note["n_skipped"], note["skipped_here"]) == (3, {"NaN": 1})
-    assert note["skipped_in_prepare"] == {"no picture": 1, "too large": 1}
-    assert (note["n_phrases_skipped"], note["n_phrases_drawn_partly"]) == (2, 1)
-    assert note["phrases_skipped_in_prepare"] == {"no outline": 2}
-    assert (note["n_images_excluded"], note["n_images_without_phrases"]) == (2, 3)
-    assert (note["n_empty_phrases"], note["n_unused_predictions"]) == (1, 6)
-    assert note["splits"]["val"]["official"]["images"] == 5
-    got = written(made(9), tmp_path / "out", settings)
-    assert got["notes"][0].startswith("val is not the official split: 4 images instead of 5")
-    assert "excluded: 2 pictures by exclude_ids" in (tmp_path / "out" / "results.md").read_text()
