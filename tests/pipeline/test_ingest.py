@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rlfseg.backbone import Backbone
 from rlfseg.config import ASSETS, BackboneConfig, TrainConfig
 from rlfseg.hdf5 import id_hash
-from rlfseg.pipeline import encode, ingest, sources
+from rlfseg.pipeline import encode, ingest
 from rlfseg.pipeline.folders import weights, write_json
 from rlfseg.pipeline.ingest import GROUP, WINDOW, PhraseSource, batches, plan, steps_per_epoch
 from rlfseg.pipeline.rows import OK, refused
@@ -205,7 +205,7 @@ def test_an_epoch_reads_each_file_once_but_at_the_ends_of_lanes(
         reads[-1].append(path)
         return read(path, **options)
 
-    monkeypatch.setattr(sources.pq, "read_table", counted)
+    monkeypatch.setattr(pq, "read_table", counted)
     for rank in range(world):
         order = plan(source.counts, seed=1, epoch=0, lanes=lanes, batch=2, rank=rank, world=world)
         rows = list[str]()

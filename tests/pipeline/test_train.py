@@ -37,7 +37,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight drawn scenes of a phrase each, as `prepare` leaves them."""
     folder = tmp_path_factory.mktemp("samples")
     scenes = [draw_scene(n) for n in range(8)]
-    labelled = [[Labelled(caption=p.caption, mask=p.mask) for p in s.phrases[:1]] for s in scenes]
+    labelled = [(Labelled(caption=s.phrases[0].caption, mask=s.phrases[0].mask),) for s in scenes]
     hdf5.write_shard(
         folder / "0.h5",
         [Sample(id=f"{n}", image=s.image, phrases=p) for n, (s, p) in enumerate(zip(scenes, labelled, strict=True))],
@@ -75,9 +75,9 @@ def test_samples_are_encoded_in_the_loop_and_the_best_checkpoint_is_published(
 
     # One plain process on the same steps
     config = TrainConfig(
-        **{"out": "", "samples": str(samples), "workers": 2, "batch_size": 2, "backbone": TINY},
-        **{"lora": LoraConfig(full=True), "optimizer": OptimizerConfig(lr=1e-3)},
+        out="", samples=str(samples), workers=2, batch_size=2, backbone=TINY, lora=LoraConfig(full=True)
     )
+    config = dataclasses.replace(config, optimizer=OptimizerConfig(lr=1e-3))
     backbone = Backbone.load(TINY)
     backbone.add_lora(config.lora)
     plain, losses = TrainState(config, backbone, 4), list[float]()
