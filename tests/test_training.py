@@ -448,6 +448,16 @@ def test_learning_rates() -> None:
     assert [learning_rate(cosine, s, 10) for s in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
 
 
+def test_what_the_paper_gives_and_what_is_ours() -> None:
+    config = TrainConfig(out="")
+    o = config.optimizer
+    assert (config.lora.rank, o.lr, config.batch_size, config.epochs, config.seed) == (64, 1e-4, 8, 10, 42)
+    assert (config.backbone.resolution, config.selection, config.t_sampling) == (512, "dynamic", "uniform")
+    # Ours
+    assert (o.weight_decay, o.betas, o.clip, o.schedule, o.warmup_steps) == (0.01, (0.9, 0.999), 1.0, "constant", 0)
+    assert (config.lora.alpha, config.accumulate, config.init) == (None, 1, None)
+
+
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +483,19 @@ def test_resuming_is_exact_to_the_bit(batches: list[Batch], tmp_path: Path, lora
     z, t, text = batches[0].z1, torch.ones(2), loaded.text(batches[0].phrases)
     with torch.no_grad():
         torch.testing.assert_close(loaded.velocity(z, t, text), first.backbone.velocity(z, t, text), rtol=0, atol=1e-5)
+
+
+def test_a_resume_may_trade_batch_size_for_accumulate(batches: list[Batch], tmp_path: Path) -> None:
+    """What is advised where memory runs out."""
+    first, second = make(batch_size=4), make(batch_size=2, accumulate=2)
+    first.step(joined(batches[:2]))
+    first.save(tmp_path, CARD)
+    second.load(tmp_path)
+    told = first.step(joined(batches[2:])), second.step(*batches[2:])
+    assert told[1] == pytest.approx(told[0], rel=1e-4)
+    torch.testing.assert_close(gradients(second), gradients(first), rtol=1e-3, atol=1e-6)
+    with pytest.raises(ModelError, match=r"batch_size x accumulate \(4 then, 8 now\)"):
+        make(batch_size=4, accumulate=2).load(tmp_path)
 
 
 @pytest.mark.parametrize("before", [True, False])
