@@ -29,7 +29,7 @@ from serve.model import Answer, Ask, Engine, Loaded
 from serve.refusal import Refusal
 from serve.work import Work
 from tests.serving.harness import Array, png
-from tests.serving.test_api import Counted
+from tests.serving.played import Counted
 
 FILL = 0x78 / 255  # opacity of a mask on the page
 PAGE_KEY = "a-key-for-the-page"

@@ -33,7 +33,7 @@ from serve.front import _resume
 from serve.manifest import MOST_BYTES, read_manifest
 from serve.refusal import Refusal
 from serve.schema import BatchRequest
-from tests.serving.test_api import Counted, is_ready
+from tests.serving.played import Counted, is_ready
 
 HAVE = {"CPU": 16.0}
 
