@@ -1,48 +1,35 @@
-"""One training process: steps against torch by hand, and resuming to the last bit."""
+"""One training in a plain process: steps, many processes, numbers that are not finite, checkpoints, validation."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
-import json
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from rlfseg import adapter
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
-from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig, OptimizerConfig, SpeedConfig, TrainConfig
+from rlfseg.config import EVERY_LAYER, LoraConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import ModelError
-from rlfseg.flow import flow_loss, sample_time
+from rlfseg.flow import sample_time
 from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.metrics import iou
 from rlfseg.segmenter import Segmenter
 from rlfseg.training import PROGRESS, STATE, Batch, Labelled, TrainState, learning_rate
+from tests.trained import FAST, LORA, TINY, eight, gradients, joined, make, weights
 
-TINY = BackboneConfig(base="tiny", resolution=64, device="cpu")
 CARD = Card(base="tiny", resolution=64, threshold=0.5)
-LORA = LoraConfig(rank=4, targets=EVERY_LAYER)
-FAST = OptimizerConfig(lr=2e-3, warmup_steps=0)
 FULL = LoraConfig(full=True)
-
-
-def make(lora: LoraConfig = LORA, total: int = 100, **settings: Any) -> TrainState:
-    backbone = Backbone.load(settings.get("backbone", TINY))
-    backbone.add_lora(lora)
-    config = TrainConfig(**{"latents": "", "out": "", "backbone": TINY, "lora": lora, "optimizer": FAST} | settings)
-    return TrainState(config, backbone, total_steps=total)
 
 
 @pytest.fixture(scope="module")
@@ -69,10 +56,6 @@ def batches() -> list[Batch]:
         )
         for p in parts
     ]
-
-
-def weights(state: TrainState) -> list[Tensor]:
-    return [w.detach().clone() for w in state.weights]
 
 
 # --- a step -------------------------------------------------------------------------------------------------------
@@ -158,19 +141,6 @@ def test_passes_without_gradient_go_through_the_unwrapped_model(batches: list[Ba
 # --- many batches a step, many processes --------------------------------------------------------------------------
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
-    """Several batches as one."""
-    return Batch(
-        ids=[i for b in parts for i in b.ids],
-        phrases=[p for b in parts for p in b.phrases],
-        **{k: torch.cat([getattr(b, k) for b in parts]) for k in ("z1", "z0", "z0_refined", "has_refined")},
-    )
-
-
-def gradients(state: TrainState) -> Tensor:
-    return torch.cat([w.grad.flatten() for w in state.weights if w.grad is not None])
-
-
 def test_accumulated_batches_are_one_large_batch(batches: list[Batch]) -> None:
     parts, whole = make(), make()
     a, b = parts.step(*batches[:3]), whole.step(joined(batches[:3]))
@@ -230,174 +200,6 @@ def test_an_adapter_trained_in_many_processes_loads_into_a_plain_unet(two_proces
     assert keys
     assert not [k for k in keys if {"module", "_orig_mod"} & set(k.split("."))]
     assert two_processes[0]["zero_lora_b"] == 0
-
-
-# --- how a step is computed ---------------------------------------------------------------------------------------
-
-
-def test_bf16_arithmetic_leaves_the_trained_weights_and_their_moments_in_fp32(batches: list[Batch]) -> None:
-    # rank 4 on layers wider than it: the LoRA has products of its own
-    exact, rough = make(), make(backbone=dataclasses.replace(TINY, dtype="bf16"))
-    seen: set[torch.dtype] = set()
-    for module in rough.backbone.velocity.modules():
-        if type(module) in (torch.nn.Conv2d, torch.nn.Linear):
-            module.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
-    a, b = exact.step(batches[0]), rough.step(batches[0])
-    assert seen == {torch.bfloat16}
-    assert {w.dtype for w in rough.weights} == {torch.float32}
-    moments = [v for s in rough.optimizer.state.values() for k, v in s.items() if k != "step"]
-    assert {m.dtype for m in moments} == {torch.float32}
-    assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
-    assert torch.cosine_similarity(gradients(exact), gradients(rough), dim=0) > 0.95
-
-
-def test_fused_adamw_is_adamw(batches: list[Batch]) -> None:
-    states = {fused: make(optimizer=OptimizerConfig(lr=2e-3, fused=fused)) for fused in (True, False)}
-    for fused, state in states.items():
-        assert state.optimizer.defaults["fused"] is fused
-        state.step(batches[0])
-    for a, b in zip(states[True].weights, states[False].weights, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-
-
-def test_channels_last_reorders_weights_and_changes_nothing(batches: list[Batch]) -> None:
-    plain, reordered = make(), make(speed=SpeedConfig(channels_last=True))
-    kernels = [w for w in reordered.backbone.velocity.parameters() if w.ndim == 4 and min(w.shape) > 1]
-    assert kernels
-    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
-    assert plain.step(batches[0]) == pytest.approx(reordered.step(batches[0]), rel=1e-3)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_rounds_the_factors_of_fp32_products(tf32: bool) -> None:
-    make(backbone=dataclasses.replace(TINY, device="cuda", dtype="fp32"), speed=SpeedConfig(tf32=tf32))
-    a = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cuda()
-    error = ((a.float() @ a.float()).double() - a @ a).abs().max()
-    assert (error > 1e-3) == tf32
-
-
-@pytest.fixture
-def compiled(root: Path, tmp_path: Path) -> dict[str, Any]:
-    """What tests/compiled.py came to: beartype, which checks shapes in this process, can't be compiled."""
-    script = [sys.executable, str(root / "tests" / "compiled.py"), str(tmp_path)]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(json.loads(done.stdout.splitlines()[-1])) | {"folder": tmp_path}
-
-
-@pytest.mark.slow
-@pytest.mark.fault("lora-05")
-@pytest.mark.fault("numeric-03")
-def test_a_compiled_training_equals_an_eager_one_and_saves_the_same_names(compiled: dict[str, Any]) -> None:
-    for a, b in compiled["figures"]:
-        assert a == pytest.approx(b, rel=1e-2)
-    weights = load_file(compiled["folder"] / "adapter_model.safetensors")
-    assert not [k for k in weights if {"module", "_orig_mod"} & set(k.split("."))]
-    loaded, _ = adapter.load(compiled["folder"], device="cpu")
-    trained = [w for n, w in loaded.velocity.named_parameters() if ".lora_B." in n]
-    assert trained
-    assert all(bool(w.any()) for w in trained)
-    assert compiled["graphs_of_20_pictures"] == 1  # pictures of 20 sizes are one size to the UNet
-    assert compiled["graphs"] <= 8
-
-
-@pytest.mark.fault("lora-08")
-def test_gradient_checkpointing_changes_no_gradient(batches: list[Batch]) -> None:
-    plain, saving = make(), make(speed=SpeedConfig(gradient_checkpointing=True))
-    saving.backbone.velocity.eval()
-    assert any(getattr(m, "gradient_checkpointing", False) for m in saving.backbone.velocity.modules())
-    first = [w.clone() for n, w in saving.backbone.velocity.named_parameters() if "lora_B" in n]
-    for step in range(2):
-        plain.step(batches[step])
-        saving.step(batches[step])
-        if step == 0:  # later the weights differ by rounding
-            for a, b in zip(plain.weights, saving.weights, strict=True):
-                torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
-    last = [w for n, w in saving.backbone.velocity.named_parameters() if "lora_B" in n]
-    assert all((a != b).any() for a, b in zip(first, last, strict=True))
-
-
-class Kept:
-    """Bytes that autograd keeps for the backward pass: those alive, and their peak; weights don't count."""
-
-    def __init__(self, state: TrainState):
-        self.weights = {w.untyped_storage().data_ptr() for w in state.backbone.velocity.parameters()}
-        self.holders: dict[int, int] = {}
-        self.alive = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> Held:
-        return Held(self, tensor)
-
-
-class Held:
-    """A tensor that autograd keeps; gone when the graph is."""
-
-    def __init__(self, kept: Kept, tensor: Tensor):
-        self.kept, self.tensor, self.key = kept, tensor, tensor.untyped_storage().data_ptr()
-        self.bytes = 0 if self.key in kept.weights else tensor.untyped_storage().nbytes()
-        kept.holders[self.key] = kept.holders.get(self.key, 0) + 1
-        if kept.holders[self.key] == 1:
-            kept.alive += self.bytes
-            kept.peak = max(kept.peak, kept.alive)
-
-    def __del__(self) -> None:
-        self.kept.holders[self.key] -= 1
-        if self.kept.holders[self.key] == 0:
-            self.kept.alive -= self.bytes
-
-
-def peak(state: TrainState, work: Callable[[], object]) -> int:
-    kept = Kept(state)
-    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda held: held.tensor):
-        work()
-    gc.collect()
-    assert kept.alive == 0
-    return kept.peak
-
-
-def eight(batches: list[Batch], originals: int) -> Batch:
-    """Eight phrases of which so many learn from the original label, whatever the network: the other is far away."""
-    batch = joined(batches)
-    easy = torch.arange(8) < originals
-    far = torch.where(easy[:, None, None, None], 0.0, 100.0)
-    return dataclasses.replace(
-        batch, z0=batch.z0 + far, z0_refined=batch.z0 + (100 - far), has_refined=torch.ones(8, dtype=torch.bool)
-    )
-
-
-def test_selection_keeps_little_more_than_one_forward_pass(batches: list[Batch]) -> None:
-    state = make()
-    one_label = peak(state, lambda: make_step(state, eight(batches, 0), "refined"))
-    for originals, limit in ((0, 1.02), (1, 1.02 + 1 / 8), (8, 2.02)):
-        got = peak(state, lambda n=originals: make_step(state, eight(batches, n), "dynamic"))  # type: ignore[misc]
-        print(f"{originals} of 8 learn from the original: {got / one_label:.2f} x one label's bytes")
-        assert got < limit * one_label
-
-    def naive() -> None:
-        batch = eight(batches, 1)
-        t, text = sample_time("uniform", 42, 0, batch.ids), state.backbone.text(batch.phrases)
-        both = [flow_loss(state.model, batch.z1, z0, t, text) for z0 in (batch.z0, batch.z0_refined)]
-        torch.minimum(*both).mean().backward()
-
-    both_labels = peak(state, naive)
-    print(f"both losses in full: {both_labels / one_label:.2f} x")
-    assert both_labels > 1.9 * one_label
-
-
-def make_step(state: TrainState, batch: Batch, selection: str) -> None:
-    state.config = dataclasses.replace(state.config, selection=selection)  # type: ignore[arg-type]
-    chosen = state.step(batch)["chose_refined"]
-    wanted = float((batch.z0_refined < batch.z0).flatten(1).all(dim=1).float().mean())
-    assert chosen == (wanted if selection == "dynamic" else 0)
-
-
-def test_gradient_checkpointing_keeps_less(batches: list[Batch]) -> None:
-    plain, saving = make(), make(speed=SpeedConfig(gradient_checkpointing=True))
-    batch = joined(batches)
-    less, all_of_it = peak(saving, lambda: saving.step(batch)), peak(plain, lambda: plain.step(batch))
-    print(f"gradient checkpointing keeps {less / all_of_it:.2f} of the bytes")
-    assert less < 0.5 * all_of_it
 
 
 # --- numbers that are not finite ----------------------------------------------------------------------------------
