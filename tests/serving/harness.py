@@ -56,8 +56,11 @@ class Service:
 
     def metrics(self) -> dict[str, float]:
         """Everything that Prometheus would read: `name{labels}` -> value."""
-        [told] = re.findall("^rlfseg: metrics at (http://.*)$", self.log.read_text(), re.MULTILINE)
-        lines = httpx.get(told).text.splitlines()
+        until = time.monotonic() + 60  # it answers before it has greeted
+        while not (told := re.search("^rlfseg: metrics at (http://.*)$", self.log.read_text(), re.MULTILINE)):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        lines = httpx.get(told[1]).text.splitlines()
         pairs = [line.rsplit(" ", 1) for line in lines if line and not line.startswith("#")]
         return {name: float(value) for name, value in pairs}
 
