@@ -18,7 +18,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
-from rlfseg.config import ASSETS, BackboneConfig
+from rlfseg.config import ASSETS, BackboneConfig, SamplingConfig
 from rlfseg.errors import ModelError
 
 if TYPE_CHECKING:  # drivers read cards and never a weight: diffusers and peft alone take ten seconds to import
@@ -59,6 +59,11 @@ class Card:
     metrics: dict[str, float] = Field(default_factory=dict)
     calibration: dict[str, float] = Field(default_factory=dict)
     config: dict[str, Any] = Field(default_factory=dict)
+
+    def eps(self, sampling: SamplingConfig) -> float | None:
+        """Width of the stable region for a way of sampling: as its settings tell, else as calibrated, if it was."""
+        calibrated = {"none": None, "aos": self.eps_aos, "hss": self.eps_hss}[sampling.rescale]
+        return calibrated if sampling.eps is None else sampling.eps
 
 
 def save(backbone: Backbone, folder: Path, card: Card) -> None:

@@ -181,7 +181,6 @@ class Segmenter:
         self, z1: Tensor, text: Tensor, z_black: Tensor | None, config: SamplingConfig
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The whole way from latents to scores [B, R, R], gamma and clipped [B]: one graph where it is compiled."""
-        calibrated = self.card.eps_hss if config.rescale == "hss" else self.card.eps_aos
         with self.backbone.autocast():
             latents = sampling.sample(
                 self.backbone.velocity,
@@ -189,7 +188,7 @@ class Segmenter:
                 text,
                 steps=config.steps,
                 rescale=config.rescale,
-                eps=calibrated if config.eps is None else config.eps,
+                eps=self.card.eps(config),
                 gamma_max=config.gamma_max,
                 hss_steps=config.hss_steps,
                 z_black=z_black,

@@ -9,9 +9,10 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hypothesis
 import jaxtyping
@@ -176,3 +177,18 @@ def shared_data() -> Path:
 def root() -> Path:
     """Folder of the repository."""
     return ROOT
+
+
+@pytest.fixture
+def authors(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
+    """Writes a file as the paper's appendix has it: names as they are, no attributes."""
+    import h5py
+
+    def write(tree: dict[str, Any]) -> Path:
+        path = tmp_path / "authors.h5"
+        with h5py.File(path, "w") as file:
+            for name, data in tree.items():
+                file[name] = data
+        return path
+
+    return write

@@ -56,20 +56,6 @@ AWKWARD = [
 TEXT = st.one_of(st.text(), st.text("/.%#\0aA2F", max_size=8), st.sampled_from(AWKWARD))
 
 
-@pytest.fixture
-def authors(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Writes a file as the paper's appendix has it: names as they are, no attributes."""
-
-    def write(tree: dict[str, Any]) -> Path:
-        path = tmp_path / "authors.h5"
-        with h5py.File(path, "w") as file:
-            for name, data in tree.items():
-                file[name] = data
-        return path
-
-    return write
-
-
 # --- names -----------------------------------------------------------------------------------------------------------
 
 

@@ -19,21 +19,6 @@ from rlfseg.errors import BadSample, DataError
 from rlfseg.hdf5 import Labelled, Reader, Sample
 from tests.samples import assert_same, mask_of, picture, run_limited, sample
 
-
-@pytest.fixture
-def authors(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Writes a file as the paper's appendix has it: names as they are, no attributes."""
-
-    def write(tree: dict[str, Any]) -> Path:
-        path = tmp_path / "authors.h5"
-        with h5py.File(path, "w") as file:
-            for name, data in tree.items():
-                file[name] = data
-        return path
-
-    return write
-
-
 N = 100
 
 

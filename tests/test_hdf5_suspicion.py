@@ -15,21 +15,6 @@ from rlfseg import hdf5
 from rlfseg.errors import BadSample
 from tests.samples import mask_of, picture, run_limited, sample
 
-
-@pytest.fixture
-def authors(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
-    """Writes a file as the paper's appendix has it: names as they are, no attributes."""
-
-    def write(tree: dict[str, Any]) -> Path:
-        path = tmp_path / "authors.h5"
-        with h5py.File(path, "w") as file:
-            for name, data in tree.items():
-                file[name] = data
-        return path
-
-    return write
-
-
 Hostile = Callable[[h5py.Group, Path], None]
 
 

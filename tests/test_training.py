@@ -17,16 +17,14 @@ from torch import Tensor
 
 from rlfseg import adapter
 from rlfseg.adapter import Card
-from rlfseg.backbone import Backbone
 from rlfseg.config import EVERY_LAYER, LoraConfig, OptimizerConfig, SpeedConfig, TrainConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import ModelError
 from rlfseg.flow import sample_time
-from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.metrics import iou
 from rlfseg.segmenter import Segmenter
 from rlfseg.training import PROGRESS, STATE, Batch, Labelled, TrainState, learning_rate
-from tests.trained import FAST, LORA, TINY, eight, gradients, joined, make, weights
+from tests.trained import FAST, LORA, drawn_batches, eight, gradients, joined, make, weights
 
 CARD = Card(base="tiny", resolution=64, threshold=0.5)
 FULL = LoraConfig(full=True)
@@ -34,28 +32,7 @@ FULL = LoraConfig(full=True)
 
 @pytest.fixture(scope="module")
 def batches() -> list[Batch]:
-    """Four batches of two drawn scenes; the second of each has a refined label, its exact mask."""
-    backbone = Backbone.load(TINY)
-    scenes = [draw_scene(i) for i in range(8)]
-    z1 = backbone.encode(torch.stack([image_to_tensor(s.image, 64) for s in scenes]))
-    exact, coarse = (
-        backbone.encode(torch.stack([mask_to_tensor(getattr(s.phrases[0], name), 64) for s in scenes]))
-        for name in ("mask", "coarse")
-    )
-    has_refined = torch.arange(8) % 2 == 1
-    refined = torch.where(has_refined[:, None, None, None], exact, coarse)
-    parts = [slice(i, i + 2) for i in range(0, 8, 2)]
-    return [
-        Batch(
-            ids=[f"scene-{i}" for i in range(8)][p],
-            phrases=[s.phrases[0].caption for s in scenes][p],
-            z1=z1[p],
-            z0=coarse[p],
-            z0_refined=refined[p],
-            has_refined=has_refined[p],
-        )
-        for p in parts
-    ]
+    return drawn_batches()
 
 
 # --- a step -------------------------------------------------------------------------------------------------------

@@ -17,39 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlfseg import adapter
-from rlfseg.backbone import Backbone
 from rlfseg.config import OptimizerConfig, SpeedConfig
-from rlfseg.datasets.shapes import draw_scene
 from rlfseg.flow import flow_loss, sample_time
-from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.training import Batch, TrainState
-from tests.trained import TINY, eight, gradients, joined, make
+from tests.trained import TINY, drawn_batches, eight, gradients, joined, make
 
 
 @pytest.fixture(scope="module")
 def batches() -> list[Batch]:
-    """Four batches of two drawn scenes; the second of each has a refined label, its exact mask."""
-    backbone = Backbone.load(TINY)
-    scenes = [draw_scene(i) for i in range(8)]
-    z1 = backbone.encode(torch.stack([image_to_tensor(s.image, 64) for s in scenes]))
-    exact, coarse = (
-        backbone.encode(torch.stack([mask_to_tensor(getattr(s.phrases[0], name), 64) for s in scenes]))
-        for name in ("mask", "coarse")
-    )
-    has_refined = torch.arange(8) % 2 == 1
-    refined = torch.where(has_refined[:, None, None, None], exact, coarse)
-    parts = [slice(i, i + 2) for i in range(0, 8, 2)]
-    return [
-        Batch(
-            ids=[f"scene-{i}" for i in range(8)][p],
-            phrases=[s.phrases[0].caption for s in scenes][p],
-            z1=z1[p],
-            z0=coarse[p],
-            z0_refined=refined[p],
-            has_refined=has_refined[p],
-        )
-        for p in parts
-    ]
+    return drawn_batches()
 
 
 def test_bf16_arithmetic_leaves_the_trained_weights_and_their_moments_in_fp32(batches: list[Batch]) -> None:

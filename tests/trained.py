@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rlfseg.backbone import Backbone
 from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig, OptimizerConfig, TrainConfig
+from rlfseg.datasets.shapes import draw_scene
+from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.training import Batch, TrainState
 
 TINY = BackboneConfig(base="tiny", resolution=64, device="cpu")
@@ -23,6 +25,31 @@ def make(lora: LoraConfig = LORA, total: int = 100, **settings: Any) -> TrainSta
     backbone.add_lora(lora)
     config = TrainConfig(**{"latents": "", "out": "", "backbone": TINY, "lora": lora, "optimizer": FAST} | settings)
     return TrainState(config, backbone, total_steps=total)
+
+
+def drawn_batches() -> list[Batch]:
+    """Four batches of two drawn scenes; the second of each has a refined label, its exact mask."""
+    backbone = Backbone.load(TINY)
+    scenes = [draw_scene(i) for i in range(8)]
+    z1 = backbone.encode(torch.stack([image_to_tensor(s.image, 64) for s in scenes]))
+    exact, coarse = (
+        backbone.encode(torch.stack([mask_to_tensor(getattr(s.phrases[0], name), 64) for s in scenes]))
+        for name in ("mask", "coarse")
+    )
+    has_refined = torch.arange(8) % 2 == 1
+    refined = torch.where(has_refined[:, None, None, None], exact, coarse)
+    parts = [slice(i, i + 2) for i in range(0, 8, 2)]
+    return [
+        Batch(
+            ids=[f"scene-{i}" for i in range(8)][p],
+            phrases=[s.phrases[0].caption for s in scenes][p],
+            z1=z1[p],
+            z0=coarse[p],
+            z0_refined=refined[p],
+            has_refined=has_refined[p],
+        )
+        for p in parts
+    ]
 
 
 def weights(state: TrainState) -> list[Tensor]:

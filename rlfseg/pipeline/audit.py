@@ -23,7 +23,7 @@ from rlfseg.datasets.coco import id_in_name
 from rlfseg.datasets.lists import storable
 from rlfseg.errors import ConfigError, DataError
 from rlfseg.hdf5 import Reader
-from rlfseg.pipeline.folders import write_json
+from rlfseg.pipeline.folders import stamp, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
@@ -91,8 +91,7 @@ def _pictures(name: str, folder: Path) -> tuple[pa.Table, Row]:
         rows = [{"id": p.name, "folder": str(folder), "coco_id": id_in_name(p.name)} for p in paths]
         if odd := [p.name for p in paths if storable(p.name) != p.name]:
             raise DataError(f"{name}: {folder}: the file name {odd[0]!a} isn't Unicode; rename it")
-        stats = {p.name: p.stat() for p in paths}
-        identity = {"pictures": str(folder), "files": digest({k: (s.st_size, s.st_mtime_ns) for k, s in stats.items()})}
+        identity = {"pictures": str(folder), "files": digest({p.name: stamp(p) for p in paths})}
     if not rows:
         raise ConfigError(f"{name}: {folder} holds no pictures; give a folder of `prepare` or of pictures")
     named = [{**row, "id": f"{name}/{row['id']}", "set": name, "name": row["id"]} for row in rows]

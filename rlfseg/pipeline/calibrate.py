@@ -18,7 +18,7 @@ from rlfseg.errors import DataError
 from rlfseg.metrics import THRESHOLDS, Sums, iou_by_threshold, score_histograms, units
 from rlfseg.pipeline.folders import good_rows, weights, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
-from rlfseg.pipeline.samples import LoadSample, open_samples
+from rlfseg.pipeline.samples import LoadSample, askable, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
 from rlfseg.segmenter import Segmenter
 
@@ -119,7 +119,7 @@ class Calibrator:
     def _image(self, row: Row) -> Row:
         backbone, size = self.segmenter.backbone, row["image"].shape[:2]
         curves: dict[str, list[int]] = {}
-        asked = [(c, mask) for c, mask in zip(row["captions"], row["labels"], strict=True) if c.strip()]
+        asked = [(row["captions"][n], row["labels"][n]) for n in askable(row["captions"])]
         if asked:
             z1 = self.segmenter.encode([row["image"]]).expand(len(asked), -1, -1, -1)
             with backbone.autocast():

@@ -43,8 +43,7 @@ def what(config: EvaluateConfig, samples: Samples, folder: Path | None, found: P
     else:
         effective |= {"adapter": config.adapter, "adapter_version": adapter.version(folder)}
         effective |= {"base": card.base, "base_only": config.base_only, "autoencoder": config.fast.autoencoder}
-        calibrated = {"aos": card.eps_aos, "hss": card.eps_hss}.get(config.sampling.rescale)
-        effective |= {"sampling": settings["sampling"] | {"eps": config.sampling.eps or calibrated}}
+        effective |= {"sampling": settings["sampling"] | {"eps": card.eps(config.sampling)}}
     marks = {"samples": str(Path(config.samples).absolute()), "samples_fingerprint": samples.fingerprint}
     return effective | marks | {"truth": _truth(samples)}
 

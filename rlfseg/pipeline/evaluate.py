@@ -28,7 +28,7 @@ from rlfseg.pipeline import effective, report
 from rlfseg.pipeline.bases import fetch_base
 from rlfseg.pipeline.predictions import LoadPredicted, find
 from rlfseg.pipeline.rows import OK, Row, RowByRow, Rows, refused
-from rlfseg.pipeline.samples import LoadSample, Samples, open_samples
+from rlfseg.pipeline.samples import LoadSample, Samples, askable, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
 from rlfseg.results import checked_phrase
 
@@ -182,7 +182,7 @@ class LoadTruth:
         loaded = self.load(row)
         image: NDArray[np.uint8] = loaded["image"]
         size = (image.shape[0], image.shape[1])
-        asked = [n for n, caption in enumerate(loaded["captions"]) if caption.strip()]  # an empty phrase asks nothing
+        asked = askable(loaded["captions"])
         captions, tasks, labels, instances = ([loaded[k][n] for n in asked] for k in PARTS)
         counts = [None if i is None else len(i) for i in instances]
         own = [[f"{a}_{row[a][n]}" for a in self.attributes] for n in asked]

@@ -89,6 +89,15 @@ def fingerprint(folder: Path) -> str:
     return sha256((folder / "_SUCCESS.json").read_bytes()).hexdigest()[:12]
 
 
+def stamp(path: str | Path) -> tuple[int, int] | None:
+    """Size and time of a file, which change when it does; None where there is none."""
+    try:
+        state = os.stat(path)
+    except (OSError, ValueError):  # ValueError: no path at all, with a NUL
+        return None
+    return state.st_size, state.st_mtime_ns
+
+
 def weights(*places: Path) -> str:
     """Short hash of the weights in files and folders, whatever their names: 5 GB take a few seconds.
 
@@ -144,24 +153,13 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def read_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """Rows of a finished stage that are `ok`, file by file.
-
-    Args:
-        folder: Output folder of a stage.
-        columns: Columns to read; default: all.
-
-    Yields:
-        A row as a dict.
-
-    Raises:
-        DataError: The stage has not finished.
-    """
+    """`good_rows` of a finished stage; DataError where it has not finished."""
     require_finished(folder)
     yield from good_rows(folder, columns)
 
 
 def good_rows(folder: Path, columns: Sequence[str] | None = None) -> Iterator[Row]:
-    """The same of a stage that is being finished: whoever reads it knows that all rows are there.
+    """Rows of a stage that are `ok`, file by file; of a stage that is being finished, if all its rows are there.
 
     Args:
         folder: Output folder of a stage.

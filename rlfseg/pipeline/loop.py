@@ -31,7 +31,7 @@ from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.ingest import batches, steps_per_epoch
 from rlfseg.pipeline.rows import Row
-from rlfseg.pipeline.samples import LoadSample, open_samples
+from rlfseg.pipeline.samples import LoadSample, askable, open_samples
 from rlfseg.pipeline.sources import Source, open_source
 from rlfseg.segmenter import Segmenter
 from rlfseg.training import Batch, Labelled, TrainState
@@ -298,7 +298,7 @@ def _held_out(config: TrainConfig, rank: int, world: int) -> tuple[list[Labelled
             left_out.append(f"left out of validation: {error}")
             continue
         captions, masks = sample["captions"], sample["labels"]
-        asked = [n for n, caption in enumerate(captions) if caption.strip()]
+        asked = askable(captions)
         if asked:
             phrases, truth = [captions[n] for n in asked], np.stack([masks[n] for n in asked])
             found.append(Labelled(image=sample["image"], phrases=phrases, masks=truth))

@@ -107,8 +107,7 @@ def _check(config: SamplingConfig, card: adapter.Card) -> None:
     if config.rescale != "none":
         from rlfseg import sampling  # torch takes seconds to import
 
-        calibrated = card.eps_hss if config.rescale == "hss" else card.eps_aos
-        sampling.check(config.steps, config.rescale, calibrated if config.eps is None else config.eps)
+        sampling.check(config.steps, config.rescale, card.eps(config))
 
 
 def _phrases(config: PredictConfig) -> list[str]:

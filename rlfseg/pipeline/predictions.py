@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from rlfseg import hdf5, images
 from rlfseg.datasets.lists import brief, read_text
 from rlfseg.errors import BadSample, DataError
-from rlfseg.pipeline.folders import file_name, fingerprint, read_rows, read_table, require_finished
+from rlfseg.pipeline.folders import file_name, fingerprint, read_rows, read_table, require_finished, stamp
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import LoadSample
 
@@ -123,11 +123,7 @@ def _beside(index: pa.Table, found: Found, column: str, mark: str) -> Prediction
 
 def _mark(path: Path) -> tuple[Any, ...]:
     """What changes when a file does, without reading it."""
-    try:
-        state = path.stat()
-    except (OSError, ValueError):  # ValueError: no path at all, with a NUL
-        return str(path), "absent"
-    return str(path), state.st_size, state.st_mtime_ns
+    return str(path), *(stamp(path) or ("absent",))
 
 
 def _hash(parts: Iterable[Any]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from rlfseg.datasets.raster import Rule
 from rlfseg.datasets.records import Loaded, Record
 from rlfseg.errors import BadSample, DataError
 from rlfseg.hdf5 import Labelled, Sample
-from rlfseg.pipeline.folders import require_finished
+from rlfseg.pipeline.folders import good_rows, require_finished, stamp
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
 
@@ -154,8 +153,7 @@ def _digest(texts: Iterable[str]) -> str:
 
 def _state(record: Record) -> str:
     """Size and time of every file that holds pixels of a record."""
-    stats = [os.stat(path) for path in record.files() if os.path.isfile(path)]
-    return repr([(stat.st_size, stat.st_mtime_ns) for stat in stats])
+    return repr([found for found in map(stamp, record.files()) if found])
 
 
 class ShardWriter:
@@ -272,10 +270,9 @@ def _nothing_to_load(row: Row) -> Row:
 def _index(out: Path, counts: Row, job: Job, parts: dict[str, list[str]]) -> Row:
     """Builds the index and counts images instead of shards; of a refused shard every image is refused."""
     notes: dict[str, dict[str, str]] = {name: {} for name in NOTES}
-    for path in (out / "data").glob("*.parquet"):
-        for row in pq.read_table(path).to_pylist():
-            for name, noted in notes.items():
-                noted |= json.loads(row[name] or "{}")
+    for row in good_rows(out, NOTES):
+        for name, noted in notes.items():
+            noted |= json.loads(row[name])
     bad = notes.pop("refused")
     for shard, why in counts["refused"].items():
         bad |= {job.id_of(item): f"its shard {shard}: {why}" for item in parts[shard]}

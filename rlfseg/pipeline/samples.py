@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,11 @@ def open_samples(path: str | Path) -> Samples:
     hashes = [hdf5.id_hash(i) for i in rows["id"].to_pylist()]
     rows = rows.take(sorted(range(len(hashes)), key=hashes.__getitem__))  # the order of an index
     return Samples(folder=source, rows=rows, fingerprint=fingerprint(folder))
+
+
+def askable(captions: Sequence[str]) -> list[int]:
+    """Numbers of the phrases of a sample that ask for something: an empty one is left out wherever phrases are used."""
+    return [n for n, caption in enumerate(captions) if caption.strip()]
 
 
 class LoadSample:

@@ -25,7 +25,7 @@ from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.pipeline.encode import from_bytes, refined_masks
 from rlfseg.pipeline.folders import fingerprint, require_finished, weights
 from rlfseg.pipeline.rows import OK, Row
-from rlfseg.pipeline.samples import LoadSample, open_samples
+from rlfseg.pipeline.samples import LoadSample, askable, open_samples
 from rlfseg.training import Batch
 
 Phrase = Sequence[int]  # number of the sample, number of the phrase in it
@@ -254,8 +254,8 @@ def _masks(data: Sequence[bytes], side: int) -> Tensor:
 
 def _askable(captions: list[list[str]]) -> tuple[list[list[int]], NDArray[np.int64]]:
     """Numbers of the phrases of each sample that aren't empty, and how many there are."""
-    askable = [[k for k, caption in enumerate(own) if caption.strip()] for own in captions]
-    return askable, np.array([len(own) for own in askable], dtype=np.int64)
+    numbers = list(map(askable, captions))
+    return numbers, np.array([len(own) for own in numbers], dtype=np.int64)
 
 
 def _require_phrases(counts: NDArray[np.int64], folder: Path) -> None:

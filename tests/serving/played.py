@@ -15,7 +15,10 @@ from rlfseg.config import LimitsConfig, ServeConfig
 from serve.api import build_api
 from serve.catalog import Catalog
 from serve.guard import Keys
+from serve.messages import Answer, Ask
 from serve.meters import Meters
+from serve.model import Engine, Loaded
+from serve.refusal import Refusal
 from serve.work import AskModel, Work
 from tests.serving.harness import phrases_of, png, scene
 
@@ -42,6 +45,19 @@ class Counted(Meters):
 
 async def is_ready() -> bool:
     return True
+
+
+def shipped() -> AskModel:
+    """The shipped model, one picture at a time."""
+    engine, loaded = Engine(1), Loaded.load("tiny", device="cpu")
+
+    async def answer(name: str, asked: Ask) -> Answer:
+        [found] = engine([(loaded, asked)])
+        if isinstance(found, Refusal):
+            raise found
+        return found
+
+    return answer
 
 
 def build(

@@ -20,25 +20,15 @@ from rlfseg.config import LimitsConfig, ServeConfig
 from rlfseg.results import Square
 from serve.guard import Door, Guard, Keys, request_id
 from serve.messages import Answer, Ask
-from serve.model import Engine, Loaded
 from serve.refusal import Refusal
 from serve.work import AskModel
 from tests.serving.harness import base64_of, png, scene
-from tests.serving.played import IMAGE, LIMITS, PHRASES, Counted, build, call, kind
+from tests.serving.played import IMAGE, LIMITS, PHRASES, Counted, build, call, kind, shipped
 
 
 @pytest.fixture(scope="module")
 def ask() -> AskModel:
-    """The shipped model, one picture at a time."""
-    engine, loaded = Engine(1), Loaded.load("tiny", device="cpu")
-
-    async def answer(name: str, asked: Ask) -> Answer:
-        [found] = engine([(loaded, asked)])
-        if isinstance(found, Refusal):
-            raise found
-        return found
-
-    return answer
+    return shipped()
 
 
 def segment(api: FastAPI, images: list[bytes] | None = None, phrases: list[str] | None = None, **options: Any) -> Any:

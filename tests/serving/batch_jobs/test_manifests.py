@@ -13,32 +13,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlfseg.config import BatchesConfig, ServeConfig
+from rlfseg.config import ServeConfig
 from serve.manifest import MOST_BYTES, read_manifest
 from serve.refusal import Refusal
-from tests.serving.jobs import HAVE, asked
-
-
-@pytest.fixture
-def roots(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "shop").mkdir(parents=True)
-    for name in ("a.png", "shop/b.png"):
-        (folder / name).write_bytes(b"")
-    (tmp_path / "secret.png").write_bytes(b"")
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path: Path, roots: Path) -> ServeConfig:
-    return ServeConfig(
-        device="cpu", gpus=0, batches=BatchesConfig(out=str(tmp_path / "out"), roots=(str(roots),), images=4)
-    )
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlfseg.pipeline.stages.ray.cluster_resources", lambda: HAVE)
+from tests.serving.jobs import asked
 
 
 def test_paths_become_absolute_and_phrases_are_joined(config: ServeConfig, roots: Path) -> None:

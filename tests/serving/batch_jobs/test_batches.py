@@ -19,40 +19,13 @@ import requests
 import stamina
 import yaml
 
-from rlfseg.config import BatchesConfig, LimitsConfig, PredictConfig, ServeConfig
+from rlfseg.config import LimitsConfig, PredictConfig, ServeConfig
 from rlfseg.pipeline.folders import write_json
 from serve.api import build_api
 from serve.catalog import Catalog
 from serve.refusal import Refusal
-from tests.serving.jobs import HAVE, FakeRay, asked, batches
+from tests.serving.jobs import FakeRay, asked, batches
 from tests.serving.played import Counted, is_ready
-
-
-@pytest.fixture
-def roots(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "shop").mkdir(parents=True)
-    for name in ("a.png", "shop/b.png"):
-        (folder / name).write_bytes(b"")
-    (tmp_path / "secret.png").write_bytes(b"")
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path: Path, roots: Path) -> ServeConfig:
-    return ServeConfig(
-        device="cpu", gpus=0, batches=BatchesConfig(out=str(tmp_path / "out"), roots=(str(roots),), images=4)
-    )
-
-
-@pytest.fixture
-def jobs() -> FakeRay:
-    return FakeRay()
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlfseg.pipeline.stages.ray.cluster_resources", lambda: HAVE)
 
 
 @pytest.mark.parametrize(("missing", "taken"), [(2, True), (99, False)])

@@ -18,34 +18,6 @@ from serve.front import _resume
 from serve.refusal import Refusal
 from tests.serving.jobs import HAVE, FakeRay, asked, batches
 
-
-@pytest.fixture
-def roots(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    (folder / "shop").mkdir(parents=True)
-    for name in ("a.png", "shop/b.png"):
-        (folder / name).write_bytes(b"")
-    (tmp_path / "secret.png").write_bytes(b"")
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path: Path, roots: Path) -> ServeConfig:
-    return ServeConfig(
-        device="cpu", gpus=0, batches=BatchesConfig(out=str(tmp_path / "out"), roots=(str(roots),), images=4)
-    )
-
-
-@pytest.fixture
-def jobs() -> FakeRay:
-    return FakeRay()
-
-
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlfseg.pipeline.stages.ray.cluster_resources", lambda: HAVE)
-
-
 # --- records and folders that are not what they should be ----------------------------------------------------------
 
 
