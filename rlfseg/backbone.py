@@ -164,11 +164,7 @@ class Backbone:
         Raises:
             ModelError: It can't be loaded, or its latents are of another shape than the base's.
         """
-        folder = TINY_AUTOENCODER if reference == "tiny" else Path(reference)
-        if reference.startswith("hf:"):
-            folder = _download("fast.autoencoder", reference.removeprefix("hf:"), ["config.json", "*model.safetensors"])
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"fast.autoencoder: {reference} is no folder of an AutoencoderTiny; give `tiny` or hf:a/b")
+        folder = resolve_tiny(reference)
         try:
             tiny = AutoencoderTiny.from_pretrained(
                 folder, torch_dtype=self.dtype, local_files_only=True, use_safetensors=True
@@ -377,6 +373,26 @@ def resolve_base(reference: str) -> Path:
             f"backbone.base: {reference} is no diffusers folder, {folder / missing[0]} is missing; "
             "give `tiny`, a folder with unet, vae, text_encoder and tokenizer, or hf:owner/name@revision"
         )
+    return folder
+
+
+def resolve_tiny(reference: str) -> Path:
+    """The folder of an AutoencoderTiny: `tiny`, `hf:owner/name@revision` (downloaded once), or a path.
+
+    Args:
+        reference: In any of these forms.
+
+    Returns:
+        A diffusers folder.
+
+    Raises:
+        ModelError: Nothing is there, or the hub can't be reached and has not been asked before.
+    """
+    folder = TINY_AUTOENCODER if reference == "tiny" else Path(reference)
+    if reference.startswith("hf:"):
+        folder = _download("fast.autoencoder", reference.removeprefix("hf:"), ["config.json", "*model.safetensors"])
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"fast.autoencoder: {reference} is no folder of an AutoencoderTiny; give `tiny` or hf:a/b")
     return folder
 
 

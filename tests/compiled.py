@@ -1,5 +1,7 @@
 """What test_training.py asks of a compiled UNet, in a process without beartype, which torch can't compile.
 
+The compiled training runs under data parallelism, as `pipeline/loop.py` has it.
+
 python tests/compiled.py FOLDER      saves the adapter into FOLDER, prints JSON
 """
 
@@ -7,11 +9,14 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
@@ -47,11 +52,18 @@ def batch(phrases: int, seed: int) -> Batch:
 eager, state = make(False), make(True)
 segmenter = Segmenter(state.backbone, CARD)
 rng = np.random.default_rng(0)
+seconds = []
 for n in range(20):
+    start = time.perf_counter()
     segmenter(rng.integers(0, 255, (20 + 7 * n, 90 - 3 * n, 3), dtype=np.uint8), ["red ring"])
+    seconds.append(time.perf_counter() - start)
 of_pictures = graphs()
+distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/rendezvous", rank=0, world_size=1)
+state.model = DistributedDataParallel(state.backbone.velocity, gradient_as_bucket_view=True, broadcast_buffers=False)
 figures = []
 for seed in range(4):
     figures.append((state.step(batch(4, seed)), eager.step(batch(4, seed))))
 state.save(Path(sys.argv[1]), CARD)
-print(json.dumps({"figures": figures, "graphs_of_20_pictures": of_pictures, "graphs": graphs()}))
+told = {"figures": figures, "graphs_of_20_pictures": of_pictures, "graphs": graphs(), "seconds": seconds}
+print(json.dumps(told))
+distributed.destroy_process_group()

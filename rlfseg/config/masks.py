@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
@@ -30,8 +30,8 @@ class CalibrateConfig:
     """Folder written by `prepare`: a validation split, never the test split."""
     out: str
     """Folder to write the search's results to."""
-    eps: tuple[Positive, ...] = (0.05, 0.1, 0.2, 0.4, 0.8)
-    """Values to try."""
+    eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.4, 0.8)
+    """Values to try; at least one."""
     gamma_max: Positive | None = 0.25
     """Upper limit of gamma; null: none."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

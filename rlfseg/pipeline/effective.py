@@ -7,7 +7,7 @@ from pathlib import Path
 import rlfseg
 from rlfseg import adapter
 from rlfseg.adapter import Card
-from rlfseg.config import EvaluateConfig, as_dict
+from rlfseg.config import EvaluateConfig, SamplingConfig, as_dict
 from rlfseg.hdf5.check import Place, stored_text
 from rlfseg.hdf5.reading import opened
 from rlfseg.pipeline.predictions import Predictions
@@ -46,6 +46,22 @@ def what(config: EvaluateConfig, samples: Samples, folder: Path | None, found: P
         effective |= {"sampling": settings["sampling"] | {"eps": card.eps(config.sampling)}}
     marks = {"samples": str(Path(config.samples).absolute()), "samples_fingerprint": samples.fingerprint}
     return effective | marks | {"truth": _truth(samples)}
+
+
+def check_sampling(config: SamplingConfig, card: Card) -> None:
+    """Refuses on the driver what the actors would refuse.
+
+    Args:
+        config: How masks are sampled.
+        card: Of the adapter, for its eps.
+
+    Raises:
+        ConfigError: Settings don't go together, or rescaling has no eps.
+    """
+    if config.rescale != "none":
+        from rlfseg import sampling  # torch takes seconds to import
+
+        sampling.check(config.steps, config.rescale, card.eps(config))
 
 
 def _threshold(config: EvaluateConfig, card: Card | None) -> tuple[float, str]:

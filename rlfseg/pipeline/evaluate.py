@@ -25,11 +25,11 @@ from rlfseg.config import EvaluateConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError, DataError
 from rlfseg.metrics import PROTOCOLS, Argmax, SemSeg
 from rlfseg.pipeline import effective, report
-from rlfseg.pipeline.bases import fetch_base
+from rlfseg.pipeline.bases import fetch_autoencoder, fetch_base
 from rlfseg.pipeline.predictions import LoadPredicted, find
 from rlfseg.pipeline.rows import OK, Row, RowByRow, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, Samples, askable, open_samples
-from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
 from rlfseg.results import checked_phrase
 
 if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks need no networks
@@ -93,11 +93,13 @@ def run(config: EvaluateConfig) -> Summary:
     classes = _classes(samples) if "semseg" in config.protocols else ()
     folder = adapter.resolve(config.adapter).absolute() if config.adapter else None
     if folder is not None:
-        fetch_base(adapter.read_card(folder))
+        card = adapter.read_card(folder)
+        effective.check_sampling(config.sampling, card)
+        fetch_base(card)
     source = config.predictions
     found = None if source is None else find(samples.rows, Path(source).absolute(), classes)
     settings, identity = as_dict(config), samples.identity
-    identity |= {k: settings[k] for k in IDENTITY} | {"autoencoder": config.fast.autoencoder}
+    identity |= {k: settings[k] for k in IDENTITY} | {"autoencoder": fetch_autoencoder(config.fast.autoencoder)}
     identity |= {"protocol": list(config.protocols)}
     what = effective.what(config, samples, folder, found)
     identity |= {k: what.get(k) for k in ("adapter_version", "predictions_fingerprint")}
@@ -118,7 +120,8 @@ def run(config: EvaluateConfig) -> Summary:
     results = json.loads((out / "results.json").read_text())
     figures = report.figures(results)
     _record(config, out, folder, samples, what, figures)
-    return replace(summary, figures=figures, notes=(*summary.notes, *results["notes"]))
+    idle = config.sampling.idle if folder else ()
+    return replace(summary, figures=figures, notes=(*summary.notes, *idle, *results["notes"]))
 
 
 def _steps(
@@ -134,12 +137,14 @@ def _steps(
             "work": RowByRow,
             "kwargs": {"function": Measure(config, threshold, classes)},
         }
+    gpus = gpus_per_worker(config.run, config.device)
     return {
         "load": LoadTruth(samples, adapter.read_card(folder).resolution),
         "work": Scorer,
         "kwargs": {"config": config, "classes": classes, "reference": str(folder)},
         "finish": Measure(config, threshold, classes),
-        "gpus": gpus_per_worker(config.run, config.device),
+        "gpus": gpus,
+        "arithmetic": arithmetic("auto", gpus),
     }
 
 

@@ -20,7 +20,8 @@ import pyarrow as pa
 from rlfseg import adapter, images
 from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError
-from rlfseg.pipeline.bases import fetch_base
+from rlfseg.pipeline import effective
+from rlfseg.pipeline.bases import fetch_autoencoder, fetch_base
 from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.pictures import Asked, find
 from rlfseg.pipeline.rows import OK, Row, Rows
@@ -65,7 +66,7 @@ def run(config: PredictConfig) -> Summary:
     out, phrases = Path(config.out).absolute(), _phrases(config)
     folder = adapter.resolve(config.adapter).absolute()
     card = adapter.read_card(folder)
-    _check(config.sampling, card)
+    effective.check_sampling(config.sampling, card)
     fetch_base(card)
     pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
     settings = as_dict(config)
@@ -95,19 +96,11 @@ def run(config: PredictConfig) -> Summary:
             arithmetic=arithmetic("auto", gpus),
             identity={k: settings[k] for k in ("images", "sampling", "threshold", "pixels", "png", "overlays")}
             | {"phrases": phrases, "pictures": pictures.fingerprint, "adapter": adapter.version(folder)}
-            | {"autoencoder": config.fast.autoencoder},
+            | {"autoencoder": fetch_autoencoder(config.fast.autoencoder)},
             on_error=config.on_error,
             finalize=partial(_report, out, config.sampling.idle),
         )
     )
-
-
-def _check(config: SamplingConfig, card: adapter.Card) -> None:
-    """Refuses now what the actors would refuse later."""
-    if config.rescale != "none":
-        from rlfseg import sampling  # torch takes seconds to import
-
-        sampling.check(config.steps, config.rescale, card.eps(config))
 
 
 def _phrases(config: PredictConfig) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,14 +20,15 @@ from rlfseg.datasets.records import Loaded, Record
 from rlfseg.errors import BadSample, DataError
 from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.pipeline.folders import good_rows, require_finished, stamp
-from rlfseg.pipeline.rows import OK, Row, Rows, refused
+from rlfseg.pipeline.rows import OK, Attempts, Row, Rows, refused
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
 
-NOTES = ("refused", "skipped", "partly")  # JSON: image -> why it isn't there; phrase -> why it isn't, or isn't whole
+# JSON: image -> why it isn't there; phrase -> why it isn't, isn't whole, or neither asks for nor shows anything
+NOTES = ("refused", "skipped", "partly", "empty")
 SCHEMA = pa.schema(
     [("id", pa.string()), ("status", pa.string()), ("images", pa.int64()), *((name, pa.string()) for name in NOTES)]
 )
-DEATHS = 2  # on one item before that is refused; a shard, as `Attempts` has it, bears one more
+ALONE_DEATHS = 1  # of an item, which is always alone: one less than its shard, which goes on without it
 PHRASES = "phrases.parquet"  # what a source tells of its phrases beyond their masks: id, task, ...
 
 
@@ -157,9 +157,7 @@ def _state(record: Record) -> str:
 
 
 class ShardWriter:
-    """Writes one HDF5 shard a row.
-
-    Each writer notes where it is, so that an item on which two died is refused and the next one gets on.
+    """Writes one HDF5 shard a row; an item on which two writers died is refused, and the shard gets on.
 
     Args:
         out: Folder of the shards.
@@ -179,8 +177,7 @@ class ShardWriter:
         skip: bool,
     ):
         self.out, self.load, self.id_of, self.attributes, self.skip = out, load, id_of, attributes, skip
-        self.diaries = out / "_attempts" / "items"
-        self.diaries.mkdir(parents=True, exist_ok=True)
+        self.attempts = Attempts(out / "_attempts" / "items", ALONE_DEATHS)
 
     def __call__(self, rows: Rows) -> Rows:
         """Rows `id`, `items` in; `images` and NOTES out."""
@@ -188,45 +185,42 @@ class ShardWriter:
 
     def _shard(self, row: Row) -> Row:
         notes: dict[str, dict[str, str]] = {name: {} for name in NOTES}
-        samples = self._samples(row["items"], notes, self.diaries / row["id"])
         try:
-            count = hdf5.write_shard(self.out / f"{row['id']}.h5", samples, self.attributes)
+            count = hdf5.write_shard(self.out / f"{row['id']}.h5", self._samples(row["items"], notes), self.attributes)
         except BadSample as error:
             return refused(row, error)
         told = {name: json.dumps(noted) for name, noted in notes.items()}
         return {"id": row["id"], "status": OK, "images": count, **told}
 
-    def _samples(self, items: list[str], notes: dict[str, dict[str, str]], diary: Path) -> Iterator[Sample]:
-        deaths = _deaths(diary)
-        with diary.open("a") as now:
-            now.write("begun\n")
-            for number, item in enumerate(items):
-                now.write(f"{number}\n")
-                now.flush()
-                try:
-                    loaded = self._load(item, deaths[number])
-                except BadSample as error:
-                    if not self.skip:
-                        raise
-                    notes["refused"][self.id_of(item)] = str(error)
-                    continue
-                notes["skipped"] |= loaded.skipped
-                notes["partly"] |= loaded.partly
-                yield loaded.sample
-            now.write("end\n")
+    def _samples(self, items: list[str], notes: dict[str, dict[str, str]]) -> Iterator[Sample]:
+        for item in items:
+            row = {"id": self.id_of(item), "item": item}
+            try:
+                [done] = self.attempts.guard(self._load, [row])
+                if done["status"] != OK:
+                    raise BadSample(done["status"].removeprefix("refused: "), file="prepare", sample=row["id"])
+            except BadSample as error:
+                if not self.skip:
+                    raise
+                notes["refused"][row["id"]] = str(error)
+                continue
+            loaded = done["loaded"]
+            notes["skipped"] |= loaded.skipped
+            notes["partly"] |= loaded.partly
+            notes["empty"] |= _empty(loaded.sample)
+            yield loaded.sample
 
-    def _load(self, item: str, deaths: int) -> Loaded:
-        if deaths >= DEATHS:
-            reason = f"its process died {deaths} times while working on it"
-            raise BadSample(reason, file="prepare", sample=self.id_of(item))
-        return self.load(item)
+    def _load(self, rows: Rows) -> Rows:
+        return [{"id": row["id"], "status": OK, "loaded": self.load(row["item"])} for row in rows]
 
 
-def _deaths(diary: Path) -> Counter[int]:
-    """Number of an item -> how many writers of the shard got to it and no further."""
-    tries = diary.read_text().split("begun\n")[1:] if diary.exists() else []
-    ends = [lines[-1] for lines in map(str.split, tries) if lines]
-    return Counter(int(end) for end in ends if end.isdigit())
+def _empty(sample: Sample) -> dict[str, str]:
+    """Phrases that neither ask for nor show anything: both are data (gRefCOCO means it), and both may be a mistake."""
+    return {
+        f"{sample.id}: {phrase.task or number}": "no text" if not phrase.caption.strip() else "no pixel"
+        for number, phrase in enumerate(sample.phrases)
+        if not (phrase.caption.strip() and phrase.mask.any())
+    }
 
 
 def _load(source: str, rule: Rule, item: str) -> Loaded:

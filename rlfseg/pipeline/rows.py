@@ -17,7 +17,7 @@ from rlfseg.errors import BadSample
 Row = dict[str, Any]
 Rows = list[Row]
 OK = "ok"
-ALONE_DEATHS = 2  # a sample that took its process down so often while alone is refused
+ALONE_DEATHS = 2
 
 
 class Work(Protocol):
@@ -95,14 +95,15 @@ class Attempts:
 
     Args:
         folder: Where the notes lie; shared by all processes that do the same work.
+        alone_deaths: A sample that took its process down so often while alone is refused.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, alone_deaths: int = ALONE_DEATHS):
+        self.folder, self.alone_deaths = folder, alone_deaths
         self.deaths: dict[str, int] | None = None
 
     def guard(self, work: Work, rows: Rows) -> Rows:
-        """`work(rows)`; rows that an earlier process died on are worked on alone, refused after two deaths alone."""
+        """`work(rows)`; rows that an earlier process died on are worked on alone, refused after deaths alone."""
         if self.deaths is None:
             self.deaths = self._read()
         if any(row["id"] in self.deaths for row in rows):
@@ -120,7 +121,7 @@ class Attempts:
             note.unlink()
 
     def _alone(self, work: Work, row: Row, deaths: int) -> Row:
-        if deaths > ALONE_DEATHS:
+        if deaths > self.alone_deaths:
             return refused(row, f"its process died {deaths} times while working on it")
         return self._noted(work, [row], deaths + 1)[0]
 

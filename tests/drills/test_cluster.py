@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import load_file
 
+from rlfseg import hdf5
+from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.loop import read_curve
 from rlfseg.pipeline.stages import Committed
 
@@ -208,6 +210,24 @@ def _step(out: Path) -> int:
     return int(curve[-1]["step"]) if curve else 0
 
 
+def failures(submitted: Callable[..., subprocess.CompletedProcess[str]], folder: Path) -> None:
+    """Jobs that begin and fail: a training on all its ranks, an evaluation of nothing."""
+    begin(folder / "empty", {})
+    hdf5.build_index(folder / "empty", [])
+    finish(folder / "empty", {}, {"rows_in": 0})
+    pace = ["--max_steps=2", "--workers=2", "--backbone.base=tiny", "--backbone.resolution=64"]
+    trained = [*pace, f"--samples={folder / 'samples'}", "--lora.targets=[to_x]", "--tracking.enabled=false"]
+    for command, cause in (
+        (["train", *trained, f"--out={folder / 'trained'}"], "lora.targets: ['to_x'] matches no layer"),
+        (["evaluate", "--adapter=tiny", f"--samples={folder / 'empty'}", f"--out={folder / 'none'}"], "no sample"),
+    ):
+        done = submitted(*command)
+        assert done.returncode != 0
+        said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("rlfseg ")]
+        assert cause in said[-1]
+
+
+@pytest.mark.fault("job-02")
 def test_jobs_are_submitted_with_a_token_and_their_exit_codes_are_true(tmp_path: Path, root: Path) -> None:
     with started(tmp_path, root, nodes=1, dashboard=True) as cluster:
         submit = [sys.executable, "-m", "jobs.submit", "--working_dir", str(root)]
@@ -238,6 +258,7 @@ def test_jobs_are_submitted_with_a_token_and_their_exit_codes_are_true(tmp_path:
         assert plain.returncode == 0, plain.stderr[-2000:]
         assert table(tmp_path / "again", "masks") == table(tmp_path / "masks", "masks")
 
+        failures(submitted, tmp_path)
         failed = submitted("refine", f"--samples={tmp_path / 'nothing'}", f"--out={tmp_path / 'x'}")
         assert failed.returncode == 1
         assert "no folder" in failed.stdout + failed.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from rlfseg.errors import BadSample, DataError
 from rlfseg.pipeline import prepare
 from rlfseg.pipeline.folders import require_finished
 from rlfseg.pipeline.prepare import PHRASES, ShardWriter, drawn
+from rlfseg.pipeline.rows import Attempts
 from rlfseg.pipeline.stages import Summary
 from tests.pipeline import works
 
@@ -232,21 +234,40 @@ def scene(item: str) -> records.Loaded:
 name = partial(prepare._scene_id, ShapesConfig())
 
 
-def test_a_writer_knows_where_earlier_ones_died(tmp_path: Path) -> None:
-    """Once: it may have been the node. While the shard was read back: no item is to blame."""
-    diaries = tmp_path / "_attempts" / "items"
-    diaries.mkdir(parents=True)
-    for shard, lines, refused in (
-        ("a", ["0", "1"], []),
-        ("b", ["0", "1", "begun", "0", "1"], ["train-000001"]),
-        ("c", ["0", "1", "begun", "0", "begun"], []),
-        ("d", ["0", "1", "2", "end", "begun"] * 5, []),
-        ("e", ["0", "1", "begun", "0", "1", "begun", "0", "1", "2", "begun", "2"], ["train-000001", "train-000002"]),
-    ):
-        (diaries / shard).write_text("".join(f"{line}\n" for line in ["begun", *lines]))
-        (row,) = ShardWriter(tmp_path, scene, name, {}, skip=True)([{"id": shard, "items": ["0", "1", "2"]}])
-        assert (row["images"], list(json.loads(row["refused"]))) == (3 - len(refused), refused)
-        assert (diaries / shard).read_text().endswith("begun\n0\n1\n2\nend\n")
+@pytest.mark.parametrize(
+    ("left_by_the_dead", "refused"),
+    [
+        ({}, []),
+        ({"train-000001": 1}, []),  # once: it may have been the node
+        ({"train-000001": 2}, ["train-000001"]),
+        ({"train-000001": 2, "train-000002": 2}, ["train-000001", "train-000002"]),
+    ],
+)
+def test_a_writer_knows_where_earlier_ones_died(
+    tmp_path: Path, left_by_the_dead: dict[str, int], refused: list[str]
+) -> None:
+    notes = tmp_path / "_attempts" / "items"
+    notes.mkdir(parents=True)
+    (notes / "x.json").write_text(json.dumps(left_by_the_dead))
+    shard = {"id": "a", "items": ["0", "1", "2"]}
+    (row,) = ShardWriter(tmp_path, scene, name, {}, skip=True)([shard])
+    assert (row["images"], list(json.loads(row["refused"]))) == (3 - len(refused), refused)
+    assert [note.name for note in notes.iterdir()] == ["x.json"]
+    Attempts(notes).forgive()  # as whoever starts the job again does: whatever killed it may have been anything
+    (row,) = ShardWriter(tmp_path, scene, name, {}, skip=True)([shard])
+    assert row["images"] == 3
+
+
+def test_phrases_that_say_or_show_nothing_are_kept_and_named(tmp_path: Path) -> None:
+    plain = drawn(0, ShapesConfig())
+    first, second, *rest = plain.phrases
+    odd = replace(
+        plain, phrases=(replace(first, caption=" "), replace(second, mask=second.mask * 0, instances=None), *rest)
+    )
+    writer = ShardWriter(tmp_path, lambda item: records.Loaded(odd, {}, {}), str, {}, skip=True)
+    (row,) = writer([{"id": "a", "items": ["0"]}])
+    assert json.loads(row["empty"]) == {f"{plain.id}: 0": "no text", f"{plain.id}: 1": "no pixel"}
+    assert len(hdf5.read_sample(tmp_path / "a.h5", plain.id).phrases) == len(plain.phrases)
 
 
 def test_whatever_file_changes_it_is_another_job(tmp_path: Path) -> None:

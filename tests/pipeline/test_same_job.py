@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from rlfseg import adapter, cli, hdf5
@@ -21,6 +22,8 @@ from rlfseg.config import (
     BackboneConfig,
     CalibrateConfig,
     EncodeConfig,
+    EvaluateConfig,
+    FastConfig,
     PredictConfig,
     RefineConfig,
     SamConfig,
@@ -29,7 +32,7 @@ from rlfseg.config import (
 )
 from rlfseg.device import choose_dtype
 from rlfseg.errors import ConfigError, DataError, ModelError
-from rlfseg.pipeline import calibrate, encode, predict, refine, stages, train
+from rlfseg.pipeline import calibrate, encode, evaluate, predict, refine, stages, train
 from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.folders import begin, finish, weights, write_json
 from rlfseg.pipeline.loop import LEFT_OUT, Job
@@ -38,6 +41,7 @@ from rlfseg.pipeline.stages import Stage
 
 TINY = BackboneConfig(base="tiny", resolution=64, device="cpu")
 NOWHERE: dict[str, Any] = {"storage": "", "name": "", "total_steps": 1, "data": "", "uri": "", "run_id": None}
+ADAPTER = "--adapter=tiny"
 Run = Callable[[], object]
 
 
@@ -54,7 +58,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def never() -> None:
         raise Begun
 
-    for module in (calibrate, encode, predict, refine):
+    for module in (calibrate, encode, evaluate, predict, refine):
         monkeypatch.setattr(module, "connect", lambda: None)
         monkeypatch.setattr(module, "gpus_per_worker", lambda run, device: 0.0)
         monkeypatch.setattr(module, "run_stage", claim)
@@ -155,6 +159,27 @@ def test_train_knows_its_base_and_the_autoencoder_of_its_latents(base: BackboneC
         open_source(config)
 
 
+def test_predict_and_evaluate_know_their_tiny_autoencoder(samples: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(ASSETS / "autoencoder_tiny", tmp_path / "autoencoder")
+    fast = FastConfig(autoencoder=str(folder))
+    masks = PredictConfig(images=str(samples), out=str(tmp_path / "masks"), fast=fast)
+    figures = EvaluateConfig(samples=str(samples), adapter="tiny", out=str(tmp_path / "figures"), fast=fast)
+    commands: tuple[Run, ...] = (lambda: predict.run(masks), lambda: evaluate.run(figures))
+    for command in commands:
+        starts(command)
+        starts(command)
+    swap(folder / "diffusion_pytorch_model.safetensors")
+    for command in commands:
+        refuses(command, "autoencoder")
+
+
+def test_a_tiny_autoencoder_that_is_nowhere_is_missed_before_anything_starts(samples: Path, tmp_path: Path) -> None:
+    fast = FastConfig(autoencoder=str(tmp_path / "none"))
+    with pytest.raises(ModelError, match=r"fast\.autoencoder: .*none is no folder of an AutoencoderTiny"):
+        predict.run(PredictConfig(images=str(samples), out=str(tmp_path / "out"), fast=fast))
+    assert not (tmp_path / "out").exists()
+
+
 # --- settings that can't work, and those without effect -----------------------------------------------------------
 
 
@@ -197,11 +222,12 @@ def test_a_training_that_never_began_claims_no_folder(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("rescale", ["aos", "hss"])
+@pytest.mark.parametrize(("command", "asks"), [("predict", ["--images={}"]), ("evaluate", ["--samples={}", ADAPTER])])
 def test_rescaling_of_several_steps_is_refused_before_anything_starts(
-    rescale: str, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, asks: list[str], rescale: str, samples: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [f"--images={samples}", f"--out={tmp_path / 'out'}", f"--sampling.rescale={rescale}", "--sampling.steps=5"]
-    assert cli.main("predict", flags) == 2
+    flags = [f"--out={tmp_path / 'out'}", f"--sampling.rescale={rescale}", "--sampling.steps=5"]
+    assert cli.main(command, [ask.format(samples) for ask in asks] + flags) == 2
     assert f"steps=5 with rescale={rescale}: needs a single step" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
@@ -242,6 +268,8 @@ def test_training_tells_what_it_does_not_use(tmp_path: Path) -> None:
 
 def test_eps_without_rescaling_is_said_to_have_no_effect() -> None:
     assert SamplingConfig(eps=0.1).idle == ("sampling.eps: 0.1 has no effect with sampling.rescale: none",)
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        CalibrateConfig(adapter="a", samples="b", out="c", eps=())
     assert SamplingConfig().idle == SamplingConfig(eps=0.1, rescale="aos").idle == ()
 
 
