@@ -37,7 +37,8 @@ SIDE = 512
 PHRASES = 4  # of a picture; PhraseCut has 4.5
 SETS = {"all": 8, "half": 4, "eighth": 1}  # of samples, and how many of the shards
 SHARDS = SETS["all"]
-LOADERS = 2
+LOADERS = 3  # a loader waits for the store and for its next task: one more than cores
+PASSES = 3  # over the files in one reading: Ray Data needs a second before more than one loader runs
 MEASURED = 10  # samples for the measures
 DIFFERENT = 50  # samples among those written, again and again; pictures all differ
 
@@ -225,7 +226,7 @@ def reading(folder: Path, rounds: int) -> Row:
     Returns:
         The row.
     """
-    index = hdf5.read_index(folder / "all")
+    index = pa.concat_tables([hdf5.read_index(folder / "all")] * PASSES)
     ways = [partial(read, folder, index) for read in (_by_ray, _by_h5py)]
     through_ray, plain = (way() for way in ways)
     if through_ray != plain:
@@ -243,7 +244,7 @@ def reading(folder: Path, rounds: int) -> Row:
 
 def _by_h5py(folder: Path, index: pa.Table) -> int:
     total = 0
-    for shard in sorted(set(index["shard"].to_pylist())):
+    for shard in sorted(set(index["shard"].to_pylist())) * PASSES:
         with h5py.File(folder / "all" / shard, "r") as file:
             for sample in file.values():
                 total += sample["image"][()].nbytes + sum(mask[()].nbytes for mask in sample["mask"].values())
@@ -253,7 +254,7 @@ def _by_h5py(folder: Path, index: pa.Table) -> int:
 def _by_ray(folder: Path, index: pa.Table) -> int:
     load = Step(RowByRow(LoadSample(folder / "all")), stage="bench", notes=folder / "load", schema=None, stop=True)
     arrive = Step(RowByRow(_arrived), stage="bench", notes=folder / "arrive", schema=ARRIVED, stop=True)
-    dataset = ray.data.read_datasource(IndexDatasource(index, 64)).map_batches(
+    dataset = ray.data.read_datasource(IndexDatasource(index, 128)).map_batches(
         load, batch_size=8, batch_format="pyarrow", compute=TaskPoolStrategy(size=LOADERS), memory=2**29
     )
     batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")

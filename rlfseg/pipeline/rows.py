@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pickle
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,15 +77,20 @@ def pack(rows: Rows) -> pa.Table:
 
 
 def unpack(table: pa.Table) -> Rows:
-    """What `pack` has packed, in arrays that may be changed; index rows as they are."""
+    """What `pack` has packed, arrays as they lie in Ray's store, where nothing is changed; index rows as they are."""
     if "packed" not in table.column_names:
         return list(table.to_pylist())
-    rows = []
-    for scalar in table["packed"]:
-        pickled, *arrays = (part.as_buffer() for part in scalar.values)
-        # Written by this very job and handed over inside of Ray's object store, where nothing can be changed: copies
-        rows.append(dict(pickle.loads(pickled, buffers=map(bytearray, arrays))))  # noqa: S301
-    return rows
+    return [row for chunk in table["packed"].chunks for row in _unpacked(chunk)]
+
+
+def _unpacked(chunk: pa.ListArray) -> Iterator[Row]:
+    """By Arrow's buffers: its scalars copy."""
+    _, ends, data = chunk.values.buffers()
+    borders = np.frombuffer(ends, np.int64)[chunk.values.offset :]
+    parts = [data.slice(a, b - a) for a, b in itertools.pairwise(borders[: len(chunk.values) + 1].tolist())]
+    for first, last in itertools.pairwise(chunk.offsets.to_pylist()):
+        # Written by this very job and handed over inside of Ray's object store, where nothing can be changed
+        yield dict(pickle.loads(parts[first], buffers=parts[first + 1 : last]))  # noqa: S301
 
 
 class Attempts:
