@@ -93,6 +93,7 @@ class Job:
                 # What was in work is done again alone; a network's last bits depend on the size of the batch
                 for found, theirs in zip(_parts(row.pop(name)), _parts(other[key].pop(name)), strict=True):
                     np.testing.assert_allclose(found, theirs, rtol=0, atol=0.01)
+            assert row.pop("scores", []) == pytest.approx(other[key].pop("scores", []), abs=1e-5)
             assert row == other[key]
         assert self.results() == whole.results()
 
