@@ -1,12 +1,12 @@
-"""Writes what a run of all tests came to as a page: `python scripts/test_report.py RESULTS.xml docs/test-all.md`.
+"""Writes what all tests came to as a page: `python scripts/test_report.py RESULTS.xml... docs/test-all.md`.
 
-RESULTS.xml is pytest's own report (`--junit-xml`). The page has the date, the commit, the machine, a line a file, and a
-line for every drill and slow test, for what failed and for what was skipped, with the reason.
+RESULTS.xml is pytest's own report (`--junit-xml`); of several, for a run in parts, a test's last result counts. The
+page has dates and commits, the machine, a line a file, and a line for every drill and slow test, for what failed and
+for what was skipped, with the reason.
 """
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -26,26 +26,25 @@ def outcome(case: ElementTree.Element) -> tuple[str, str]:
     return "passed", ""
 
 
-def page(results: Path) -> str:
-    """The page as Markdown."""
-    [suite] = ElementTree.parse(results).getroot().iter("testsuite")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
+def page(results: list[Path]) -> str:
+    """The page as Markdown; results in the order in which they were run."""
+    suites = [suite for path in results for suite in ElementTree.parse(path).getroot().iter("testsuite")]
+    cases = {(case.get("classname"), case.get("name")): case for suite in suites for case in suite.iter("testcase")}
     counts: dict[str, Counter[str]] = {}
     lines = []
-    for case in suite.iter("testcase"):
-        file, (status, why) = (case.get("classname") or "").replace(".", "/"), outcome(case)
+    for (place, name), case in cases.items():
+        file, (status, why) = (place or "").replace(".", "/"), outcome(case)
         counts.setdefault(file, Counter())[status] += 1
         seconds = float(case.get("time") or 0)
         if status != "passed" or seconds >= LONG or "/drills/" in file:
-            lines.append(f"| `{file}` | `{case.get('name')}` | {status} | {seconds:.0f} | {why} |")
+            lines.append(f"| `{file}` | `{name}` | {status} | {seconds:.0f} | {why} |")
     total = sum(counts.values(), Counter())
     head = [
         "# All tests",
         "",
-        f"`make test-all`, {(suite.get('timestamp') or '')[:16].replace('T', ' ')}, commit `{commit.stdout.strip()}`: "
-        + ", ".join(f"{n} {status}" for status, n in sorted(total.items()))
-        + f" in {float(suite.get('time') or 0) / 60:.0f} minutes.",
+        f"`make test-all`: {', '.join(f'{n} {status}' for status, n in sorted(total.items()))}.",
         "",
+        *map(ran, suites),
         *(f"- {key}: {value}" for key, value in machine().items()),
         "",
         "| file | passed | failed | skipped |",
@@ -56,5 +55,14 @@ def page(results: Path) -> str:
     return "\n".join([*head, *table, "| file | test | | s | |", "|---|---|---|---|---|", *lines, ""])
 
 
+def ran(suite: ElementTree.Element) -> str:
+    """When, on which commit and for how long."""
+    commit = next((p.get("value") for p in suite.iter("property") if p.get("name") == "commit"), "unknown")
+    minutes = float(suite.get("time") or 0) / 60
+    when = (suite.get("timestamp") or "")[:16].replace("T", " ")
+    return f"- {when}, commit `{commit}`: {suite.get('tests')} tests in {minutes:.0f} minutes"
+
+
 if __name__ == "__main__":
-    Path(sys.argv[2]).write_text(page(Path(sys.argv[1])), encoding="utf-8")
+    *parts, written = map(Path, sys.argv[1:])
+    written.write_text(page(parts), encoding="utf-8")

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -99,6 +100,14 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commit(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """For `--junit-xml`, of which scripts/test_report.py makes a page."""
+    line = ["git", "describe", "--always", "--dirty"]
+    found = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    record_testsuite_property("commit", found.stdout.strip() or "unknown")
 
 
 # --- fixtures -----------------------------------------------------------------------------------------------------
