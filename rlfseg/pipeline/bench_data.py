@@ -254,7 +254,8 @@ def _by_h5py(folder: Path, index: pa.Table) -> int:
 def _by_ray(folder: Path, index: pa.Table) -> int:
     load = Step(RowByRow(LoadSample(folder / "all")), stage="bench", notes=folder / "load", schema=None, stop=True)
     arrive = Step(RowByRow(_arrived), stage="bench", notes=folder / "arrive", schema=ARRIVED, stop=True)
-    dataset = ray.data.read_datasource(IndexDatasource(index, 128)).map_batches(
+    source = IndexDatasource(index, 128)
+    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.parts)).map_batches(
         load, batch_size=8, batch_format="pyarrow", compute=TaskPoolStrategy(size=LOADERS), memory=2**29
     )
     batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")

@@ -216,8 +216,9 @@ def run_stage(stage: Stage) -> Summary:
 
 def _pipeline(stage: Stage) -> Dataset:
     run = stage.run
-    rows_per_task = max(run.batch_size, min(256, -(-stage.rows.num_rows // (8 * max(run.workers, run.loaders)))))
-    ds: Dataset = ray.data.read_datasource(IndexDatasource(stage.rows, rows_per_task))
+    source = IndexDatasource(stage.rows, rows_per_task(stage.rows.num_rows, run))
+    # Else Ray splits them again, by the number of CPUs, and batches are of whatever rows arrive together
+    ds: Dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.parts)))
     ds.context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(stage.out / "_checkpoint"), delete_checkpoint_on_success=False
     )
@@ -254,30 +255,35 @@ def _pipeline(stage: Stage) -> Dataset:
     return ds
 
 
+def rows_per_task(rows: int, run: WorkersConfig) -> int:
+    """Whole batches: who is in one with whom, and so a result's last bits, depend on no number of CPUs or nodes."""
+    share = min(256, rows // (8 * max(run.workers, run.loaders)))
+    return run.batch_size * max(1, round(share / run.batch_size))
+
+
 class IndexDatasource(Datasource):
     """Index rows as a Ray Data source: ids only, so that finished ones are dropped before any pixel is read."""
 
     def __init__(self, rows: pa.Table, rows_per_task: int):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.rows, self.rows_per_task = rows, rows_per_task
+        starts = range(0, rows.num_rows, rows_per_task)
+        self.parts = [rows.slice(n, rows_per_task).combine_chunks() for n in starts]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Of the index rows, in bytes."""
-        return int(self.rows.nbytes)
+        return sum(part.nbytes for part in self.parts)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         """A task every `rows_per_task` rows."""
-        starts = range(0, self.rows.num_rows, self.rows_per_task)
-        parts = [self.rows.slice(n, self.rows_per_task).combine_chunks() for n in starts]
         return [
             ReadTask(
                 partial(iter, [part]),
                 BlockMetadata(num_rows=part.num_rows, size_bytes=part.nbytes, input_files=None, exec_stats=None),
                 per_task_row_limit=per_task_row_limit,
             )
-            for part in parts
+            for part in self.parts
         ]
 
 

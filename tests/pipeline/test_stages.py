@@ -25,6 +25,7 @@ from tests.pipeline.works import (
     Hopeless,
     PaintBackwards,
     PaintLast,
+    Together,
     Unmade,
     as_it_is,
     deadly_count,
@@ -75,6 +76,12 @@ def test_results_are_joined_by_id_whatever_the_order(tmp_path: Path) -> None:
     run = WorkersConfig(batch_size=2, loaders=3)
     run_stage(stage(tmp_path / "out", 6, run=run, load=PaintBackwards(tmp_path, 3)))
     assert values(tmp_path / "out") == {str(n): truth(n) for n in range(6)}
+
+
+def test_who_is_in_a_batch_with_whom_depends_on_no_number_of_workers(tmp_path: Path) -> None:
+    run = WorkersConfig(batch_size=3, workers=2, loaders=3)
+    run_stage(stage(tmp_path / "out", 120, run=run, work=Together))
+    assert values(tmp_path / "out") == {str(n): n - n % 3 for n in range(120)}
 
 
 # --- output folders -----------------------------------------------------------------------------------------------

@@ -25,6 +25,14 @@ class Count:
         return [{"id": row["id"], "status": OK, "value": row["image"].size} for row in rows]
 
 
+class Together:
+    """Work: the number of the first row that was in the batch."""
+
+    def __call__(self, rows: Rows) -> Rows:
+        first = min(int(row["id"]) for row in rows)
+        return [{"id": row["id"], "status": OK, "value": first} for row in rows]
+
+
 def paint(row: Row) -> Row:
     """Load: pictures of as many sizes as there are rows."""
     n = int(row["id"])
