@@ -152,6 +152,7 @@ print(json.dumps({"warm": warm, "all": len(graphs), "worst": worst, "gammas": ga
 """
 
 
+@pytest.mark.slow
 @pytest.mark.fault("numeric-03")
 def test_twenty_sizes_of_pictures_need_few_compilations_and_none_after_warm_up() -> None:
     """With a backend that runs the graphs as they are, so that what is counted is what was captured.

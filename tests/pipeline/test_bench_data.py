@@ -31,6 +31,7 @@ def test_measures_that_differ_are_no_comparison(monkeypatch: pytest.MonkeyPatch)
         measures([scored(0)], rounds=1)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_reading_and_memory_on_ray(tmp_path: Path, ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_data, "DIFFERENT", 3)
