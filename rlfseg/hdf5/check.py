@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import product
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import h5py
 import numpy as np
@@ -28,7 +28,8 @@ MAX_BYTES = 1 << 28  # of one data set, and of one chunk, decoded
 MAX_SAMPLE_BYTES = 1 << 30  # of one sample, decoded
 MAX_RATIO = 1100  # deflate itself ends at 1032 : 1
 Item: TypeAlias = "h5py.Group | h5py.Dataset"
-BROKEN = (OSError, LookupError, RuntimeError, ValueError, TypeError, zlib_ng.error)  # what h5py raises on damaged files
+DAMAGED_GZIP = cast(type[Exception], zlib_ng.error)  # its stub calls it an instance
+BROKEN = (OSError, LookupError, RuntimeError, ValueError, TypeError, DAMAGED_GZIP)  # what damaged files raise
 
 
 class Place(NamedTuple):

@@ -45,7 +45,7 @@ def score_histograms(score: Score, truth: Mask) -> Int64[NDArray[np.int64], "2 b
     check_values(score)
     # In place and in 16 bits: the passes over memory are what this costs
     code = (score * BINS).astype(np.uint16)
-    above = score > _CUT.astype(score.dtype).take(code, mode="clip")
+    above = np.greater(score, _CUT.astype(score.dtype).take(code, mode="clip"))
     code += code
     code += above
     code += truth.astype(np.uint16) * np.uint16(2 * BINS + 2)

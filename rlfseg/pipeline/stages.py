@@ -271,7 +271,7 @@ class IndexDatasource(Datasource):
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Of the index rows, in bytes."""
-        return sum(part.nbytes for part in self.parts)
+        return sum(int(part.nbytes) for part in self.parts)
 
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
@@ -211,7 +211,9 @@ def _cause(error: TrainingFailedError, job: Job) -> RlfsegError:
         return ours
     # Where one worker dies, the others fail for want of it
     first = next((f for f in failures if isinstance(f, RayActorError)), failures[0])
-    text = " ".join(str(first).split())[:300]
+    # What Ray carried here from a worker is a traceback, and its last line the error
+    lines = str(first).strip().splitlines()[-1:] if isinstance(first, RayTaskError) else str(first).split()
+    text = " ".join(lines)[:300]
     fix = "lower batch_size and raise accumulate, by the same factor, or set speed.gradient_checkpointing; then "
     return ResourceError(
         f"a worker failed, more often than max_failures: {job.config.max_failures}: {text}; "

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
+from ray.exceptions import RayTaskError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from rlfseg import adapter, cli, hdf5
@@ -219,6 +220,17 @@ def test_a_training_that_never_began_claims_no_folder(tmp_path: Path, monkeypatc
         with pytest.raises(ConfigError, match="matches no layer"):
             train._fit(job, store)
         assert out.exists() == left
+
+
+def test_what_ended_a_worker_is_told_in_a_line() -> None:
+    carried = RayTaskError("poll", "ray::poll()\n  File a\nRuntimeError: Connection closed by peer", RuntimeError())
+    job = Job(config=TrainConfig(out=""), out=Path(), **NOWHERE)
+    cause = train._cause(WorkerGroupError("failed", {1: carried}), job)
+    failures = job.config.max_failures
+    told = (
+        f"a worker failed, more often than max_failures: {failures}: RuntimeError: Connection closed by peer; the same"
+    )
+    assert str(cause).startswith(told)
 
 
 @pytest.mark.parametrize("rescale", ["aos", "hss"])
