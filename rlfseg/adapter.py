@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass
 
 from rlfseg.config import ASSETS, BackboneConfig, SamplingConfig
 from rlfseg.errors import ModelError
+from rlfseg.hub import download
 
 if TYPE_CHECKING:  # drivers read cards and never a weight: diffusers and peft alone take ten seconds to import
     from rlfseg.backbone import Backbone
@@ -180,7 +181,7 @@ def resolve(reference: str) -> Path:
 
         folder = tracking.download(reference)
     elif reference.startswith("hf:"):
-        folder = _from_hub(reference.removeprefix("hf:"))
+        folder = download("adapter", reference, ["*.json", "*.yaml", "*.md", "*.safetensors"])
     else:
         folder = Path(reference)
     # An MLflow model holds the adapter as an artifact of its own, under the name that its folder had
@@ -314,21 +315,6 @@ results[0].mask  # uint8 {{0, 1}} [H, W]
 def _table(figures: dict[str, float]) -> str:
     rows = [f"| {name} | {value:.4f} |" for name, value in figures.items()] or ["| none yet | |"]
     return "\n".join(["| metric | value |", "|---|---|", *rows, ""])
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    repository, _, revision = name.partition("@")
-    try:
-        return Path(
-            snapshot_download(
-                repository, revision=revision or None, allow_patterns=["*.json", "*.yaml", "*.md", "*.safetensors"]
-            )
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ModelError(f"adapter: hf:{name} can't be downloaded and isn't in the cache: {error}") from error
 
 
 def _replace(path: Path, text: str) -> None:

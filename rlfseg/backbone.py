@@ -5,7 +5,6 @@ Shapes: B phrases or images, C latent channels, h = w = resolution / f, T text t
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -26,16 +25,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from rlfseg.config import ASSETS, BackboneConfig, LoraConfig
+from rlfseg.config import BackboneConfig, LoraConfig
 from rlfseg.device import choose_device, choose_dtype
 from rlfseg.errors import ConfigError, ModelError
+from rlfseg.hub import resolve_base, resolve_tiny
 
 TIME_SCALE = 1000.0  # the UNet's time embedding was trained on 0..1000; the flow's time runs over 0..1
 TEXT_CACHE = 1024  # phrases; a state of SD's is 236 kB
-TINY_AUTOENCODER = ASSETS / "autoencoder_tiny"
 # What peft raises on settings and weights that it can't use; it has no error of its own for that.
 UNUSABLE = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, SafetensorError)
-NEEDED = ("unet/config.json", "vae/config.json", "text_encoder/config.json", "tokenizer")
 
 
 class Velocity(nn.Module):
@@ -346,67 +344,3 @@ def count_cut(base: Path, phrases: Iterable[str]) -> int:
     of_phrase = Counter(phrases)
     lengths = map(len, tokenizer(list(of_phrase)).input_ids) if of_phrase else ()
     return sum(n for n, length in zip(of_phrase.values(), lengths, strict=False) if length > tokenizer.model_max_length)
-
-
-def resolve_base(reference: str) -> Path:
-    """The folder of a base: `tiny`, `hf:owner/name@revision` (downloaded once), or a path.
-
-    Args:
-        reference: In any of these forms.
-
-    Returns:
-        A diffusers folder.
-
-    Raises:
-        ModelError: Nothing is there, or the hub can't be reached and has not been asked before.
-    """
-    if reference == "tiny":
-        folder = ASSETS / "base"
-    elif reference.startswith("hf:"):
-        files = ["*.json", "*.txt", "*/*.json", "*/*.txt", "*/*model.safetensors"]
-        folder = _download("backbone.base", reference.removeprefix("hf:"), files)
-    else:
-        folder = Path(reference)
-    missing = [name for name in NEEDED if not (folder / name).exists()]
-    if missing:
-        raise ModelError(
-            f"backbone.base: {reference} is no diffusers folder, {folder / missing[0]} is missing; "
-            "give `tiny`, a folder with unet, vae, text_encoder and tokenizer, or hf:owner/name@revision"
-        )
-    return folder
-
-
-def resolve_tiny(reference: str) -> Path:
-    """The folder of an AutoencoderTiny: `tiny`, `hf:owner/name@revision` (downloaded once), or a path.
-
-    Args:
-        reference: In any of these forms.
-
-    Returns:
-        A diffusers folder.
-
-    Raises:
-        ModelError: Nothing is there, or the hub can't be reached and has not been asked before.
-    """
-    folder = TINY_AUTOENCODER if reference == "tiny" else Path(reference)
-    if reference.startswith("hf:"):
-        folder = _download("fast.autoencoder", reference.removeprefix("hf:"), ["config.json", "*model.safetensors"])
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"fast.autoencoder: {reference} is no folder of an AutoencoderTiny; give `tiny` or hf:a/b")
-    return folder
-
-
-def _download(field: str, name: str, files: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        folder = snapshot_download(repository, revision=revision or None, allow_patterns=files)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        cache = os.environ.get("HF_HOME", "~/.cache/huggingface")
-        raise ModelError(
-            f"{field}: hf:{name} can't be downloaded and isn't in the cache ({cache}); "
-            f"check the name and the network, or give a local diffusers folder: {error}"
-        ) from error
-    return Path(folder)

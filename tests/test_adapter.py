@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rlfseg import adapter
 from rlfseg.adapter import Card
-from rlfseg.backbone import ASSETS, Backbone
-from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig, OptimizerConfig, TrainConfig
+from rlfseg.backbone import Backbone
+from rlfseg.config import ASSETS, EVERY_LAYER, BackboneConfig, LoraConfig, OptimizerConfig, TrainConfig
 from rlfseg.errors import ModelError
 from rlfseg.training import Batch, TrainState
 

@@ -12,10 +12,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from rlfseg.backbone import ASSETS, Backbone, Velocity, resolve_base
-from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig
+from rlfseg.backbone import Backbone, Velocity
+from rlfseg.config import ASSETS, EVERY_LAYER, BackboneConfig, LoraConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import ConfigError, ModelError
+from rlfseg.hub import resolve_base
 from rlfseg.images import image_to_tensor, mask_to_tensor, tensor_to_score
 from rlfseg.metrics import iou
 

@@ -19,8 +19,8 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from rlfseg import adapter, tracking
 from rlfseg.adapter import Card
-from rlfseg.backbone import ASSETS, Backbone
-from rlfseg.config import EVERY_LAYER, BackboneConfig, LoraConfig, SamplingConfig, TrackingConfig
+from rlfseg.backbone import Backbone
+from rlfseg.config import ASSETS, EVERY_LAYER, BackboneConfig, LoraConfig, SamplingConfig, TrackingConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import BadSample, ConfigError
 from rlfseg.segmenter import Result, Segmenter, to_array

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rlfseg.adapter import Card
+from rlfseg.hub import resolve_base, resolve_tiny
 from rlfseg.pipeline.folders import weights
 
 
@@ -16,8 +17,6 @@ def fetch_base(card: Card) -> None:
         ModelError: The hub can't be reached and has not been asked before, or it is no base.
     """
     if card.base.startswith("hf:"):  # what lies on this disk is nothing to wait for
-        from rlfseg.backbone import resolve_base  # torch and diffusers take seconds to import
-
         resolve_base(card.base)
 
 
@@ -33,8 +32,4 @@ def fetch_autoencoder(reference: str | None) -> str | None:
     Raises:
         ModelError: It isn't there, or the hub can't be reached.
     """
-    if reference is None:
-        return None
-    from rlfseg.backbone import resolve_tiny
-
-    return f"{reference} ({weights(resolve_tiny(reference))})"
+    return None if reference is None else f"{reference} ({weights(resolve_tiny(reference))})"

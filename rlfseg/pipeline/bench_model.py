@@ -20,10 +20,11 @@ from torch import Tensor
 
 from rlfseg import flow, images
 from rlfseg.adapter import Card
-from rlfseg.backbone import TINY_AUTOENCODER, Backbone
+from rlfseg.backbone import Backbone
 from rlfseg.config import ASSETS, BackboneConfig, BenchConfig, GuardConfig, LoraConfig, RefineConfig, TrainConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.device import choose_device
+from rlfseg.hub import TINY_AUTOENCODER
 from rlfseg.metrics import iou
 from rlfseg.pipeline import baselines
 from rlfseg.pipeline.bench import Row

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlfseg.backbone import Backbone, resolve_base
+from rlfseg.backbone import Backbone
 from rlfseg.config import BackboneConfig, EncodeConfig, as_dict
 from rlfseg.errors import DataError
+from rlfseg.hub import resolve_base
 from rlfseg.images import image_to_tensor, mask_to_tensor, rle_decode
 from rlfseg.pipeline.folders import weights
 from rlfseg.pipeline.rows import OK, Row, Rows, refused

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlfseg.backbone import Backbone, resolve_base
+from rlfseg.backbone import Backbone
 from rlfseg.config import TrainConfig
 from rlfseg.errors import ConfigError, DataError
 from rlfseg.hdf5 import id_hash
+from rlfseg.hub import resolve_base
 from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.pipeline.encode import from_bytes, refined_masks
 from rlfseg.pipeline.folders import fingerprint, require_finished, weights

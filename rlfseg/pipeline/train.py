@@ -19,9 +19,10 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchTrainer
 
 from rlfseg import adapter, draw, tracking
-from rlfseg.backbone import count_cut, resolve_base
+from rlfseg.backbone import count_cut
 from rlfseg.config import TrainConfig, as_dict, digest
 from rlfseg.errors import ConfigError, ModelError, ResourceError, RlfsegError
+from rlfseg.hub import resolve_base
 from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
 from rlfseg.pipeline.folders import begin, finish, read_json, require_finished, weights, write_json

@@ -19,8 +19,8 @@ import torch
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from rlfseg import hdf5
-from rlfseg.backbone import ASSETS, Backbone, count_cut
-from rlfseg.config import BackboneConfig, LoraConfig, RefineConfig, TrainConfig
+from rlfseg.backbone import Backbone, count_cut
+from rlfseg.config import ASSETS, BackboneConfig, LoraConfig, RefineConfig, TrainConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import BadSample
 from rlfseg.hdf5 import Labelled, Sample
