@@ -106,7 +106,9 @@ def _judge(job: str, end: JobDetails) -> None:
     if end.status == JobStatus.STOPPED:
         raise JobError(f"job {job} was stopped", code=STOPPED)
     if end.status != JobStatus.SUCCEEDED:
-        why = (end.message or "").strip().partition("\n")[0]
+        lines = (end.message or "").strip().splitlines() or [""]
+        # Ray's own words are the first line, then come the job's last ones; the job may say better what it was
+        why = next((line for line in reversed(lines) if line.startswith("rlfseg ")), lines[0])
         raise JobError(f"job {job} ended as {end.status}: {why}", code=end.driver_exit_code or 1)
 
 

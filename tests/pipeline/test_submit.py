@@ -68,6 +68,13 @@ def test_the_exit_code_is_the_jobs(
         assert said.err.strip().endswith("the cause")
 
 
+def test_the_last_line_tells_what_the_job_told(server: Server, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = "Job entrypoint command failed with exit code 2, last logs:\nrlfseg train: lr: too low\n(raylet) a word\n"
+    server.status, server.code, server.message = JobStatus.FAILED, 2, told  # type: ignore[assignment]
+    assert cli.main("submit", ["--working_dir", str(root), "--", "train"]) == 2
+    assert capsys.readouterr().err.strip().endswith("ended as FAILED: rlfseg train: lr: too low")
+
+
 @pytest.mark.fault("job-01")
 def test_what_is_too_large_names_its_biggest_parts(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
