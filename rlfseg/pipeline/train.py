@@ -210,7 +210,8 @@ def _cause(error: TrainingFailedError, job: Job) -> RlfsegError:
     failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
     if ours := next(filter(None, map(our_cause, failures)), None):
         return ours
-    # Where one worker dies, the others fail for want of it
+    # A dead worker is seen as a check of its health that failed; where one dies, the others fail for want of it
+    failures = [getattr(f, "health_check_failure", f) for f in failures]
     first = next((f for f in failures if isinstance(f, RayActorError)), failures[0])
     # What Ray carried here from a worker is a traceback, and its last line the error
     lines = str(first).strip().splitlines()[-1:] if isinstance(first, RayTaskError) else str(first).split()

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayActorError, RayTaskError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
 
 from rlfseg import adapter, cli, hdf5
@@ -222,15 +223,21 @@ def test_a_training_that_never_began_claims_no_folder(tmp_path: Path, monkeypatc
         assert out.exists() == left
 
 
-def test_what_ended_a_worker_is_told_in_a_line() -> None:
-    carried = RayTaskError("poll", "ray::poll()\n  File a\nRuntimeError: Connection closed by peer", RuntimeError())
+CARRIED = RayTaskError("poll", "ray::poll()\n  File a\nRuntimeError: Connection closed by peer", RuntimeError())
+DEAD = WorkerHealthCheckFailedError("A check failed. Worker info: long", RayActorError())
+
+
+@pytest.mark.parametrize(
+    ("failures", "told"),
+    [
+        ({1: CARRIED}, "RuntimeError: Connection closed by peer; the same"),
+        ({0: CARRIED, 1: DEAD}, "The actor experienced an error before finishing this task.; the same"),
+    ],
+)
+def test_what_ended_a_worker_is_told_in_a_line(failures: dict[int, Exception], told: str) -> None:
     job = Job(config=TrainConfig(out=""), out=Path(), **NOWHERE)
-    cause = train._cause(WorkerGroupError("failed", {1: carried}), job)
-    failures = job.config.max_failures
-    told = (
-        f"a worker failed, more often than max_failures: {failures}: RuntimeError: Connection closed by peer; the same"
-    )
-    assert str(cause).startswith(told)
+    cause = train._cause(WorkerGroupError("failed", failures), job)
+    assert f"max_failures: {job.config.max_failures}: {told}" in str(cause)
 
 
 @pytest.mark.parametrize("rescale", ["aos", "hss"])
