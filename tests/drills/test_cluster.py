@@ -215,7 +215,7 @@ def failures(submitted: Callable[..., subprocess.CompletedProcess[str]], folder:
     begin(folder / "empty", {})
     pq.write_table(hdf5.read_index(folder / "samples").slice(0, 0), folder / "empty" / hdf5.INDEX)
     finish(folder / "empty", {}, {"rows_in": 0})
-    pace = ["--max_steps=2", "--workers=2", "--backbone.base=tiny", "--backbone.resolution=64"]
+    pace = ["--max_steps=2", "--batch_size=2", "--workers=2", "--backbone.base=tiny", "--backbone.resolution=64"]
     trained = [*pace, f"--samples={folder / 'samples'}", "--lora.targets=[to_x]", "--tracking.enabled=false"]
     for command, cause in (
         (["train", *trained, f"--out={folder / 'trained'}"], "lora.targets: ['to_x'] matches no layer"),
