@@ -41,17 +41,7 @@ def resolve_base(reference: str) -> Path:
 
 
 def resolve_tiny(reference: str) -> Path:
-    """The folder of an AutoencoderTiny: `tiny`, `hf:owner/name@revision` (downloaded once), or a path.
-
-    Args:
-        reference: In any of these forms.
-
-    Returns:
-        A diffusers folder.
-
-    Raises:
-        ModelError: Nothing is there, or the hub can't be reached and has not been asked before.
-    """
+    """The folder of an AutoencoderTiny; arguments, result and errors are those of `resolve_base`."""
     folder = TINY_AUTOENCODER if reference == "tiny" else Path(reference)
     if reference.startswith("hf:"):
         folder = download("fast.autoencoder", reference, ["config.json", "*model.safetensors"])

@@ -102,15 +102,16 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _commit(record_testsuite_property: Callable[[str, object], None]) -> None:
-    """For `--junit-xml`, of which scripts/test_report.py makes a page."""
-    line = ["git", "describe", "--always", "--dirty"]
-    found = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
-    record_testsuite_property("commit", found.stdout.strip() or "unknown")
-
-
 # --- fixtures -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _commit(pytestconfig: pytest.Config, record_testsuite_property: Callable[[str, object], None]) -> None:
+    """For `--junit-xml`, of which scripts/test_report.py makes a page."""
+    if pytestconfig.option.xmlpath:
+        line = ["git", "describe", "--always", "--dirty"]
+        found = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+        record_testsuite_property("commit", found.stdout.strip() or "unknown")
 
 
 @pytest.fixture(scope="session")

@@ -15,14 +15,13 @@ import h5py
 import numpy as np
 import psutil
 import pyarrow as pa
-import ray
 from numpy.typing import NDArray
 from PIL import Image
 from ray.data import TaskPoolStrategy
 from scipy import ndimage
 
 from rlfseg import hdf5
-from rlfseg.config import BenchConfig, EvaluateConfig, TrackingConfig
+from rlfseg.config import BenchConfig, EvaluateConfig, TrackingConfig, WorkersConfig
 from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.metrics import THRESHOLDS, ClipSeg
 from rlfseg.pipeline import evaluate
@@ -30,7 +29,7 @@ from rlfseg.pipeline.bench import Row
 from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.rows import RowByRow
 from rlfseg.pipeline.samples import LoadSample
-from rlfseg.pipeline.stages import IndexDatasource, Step, connect
+from rlfseg.pipeline.stages import Step, connect, read_rows, rows_per_task
 from rlfseg.pipeline.timing import race
 
 SIDE = 512
@@ -38,6 +37,7 @@ PHRASES = 4  # of a picture; PhraseCut has 4.5
 SETS = {"all": 8, "half": 4, "eighth": 1}  # of samples, and how many of the shards
 SHARDS = SETS["all"]
 LOADERS = 3  # a loader waits for the store and for its next task: one more than cores
+RUN = WorkersConfig(loaders=LOADERS, batch_size=8)
 PASSES = 3  # over the files in one reading: Ray Data needs a second before more than one loader runs
 MEASURED = 10  # samples for the measures
 DIFFERENT = 50  # samples among those written, again and again; pictures all differ
@@ -254,9 +254,8 @@ def _by_h5py(folder: Path, index: pa.Table) -> int:
 def _by_ray(folder: Path, index: pa.Table) -> int:
     load = Step(RowByRow(LoadSample(folder / "all")), stage="bench", notes=folder / "load", schema=None, stop=True)
     arrive = Step(RowByRow(_arrived), stage="bench", notes=folder / "arrive", schema=ARRIVED, stop=True)
-    source = IndexDatasource(index, 128)
-    dataset = ray.data.read_datasource(source, override_num_blocks=len(source.parts)).map_batches(
-        load, batch_size=8, batch_format="pyarrow", compute=TaskPoolStrategy(size=LOADERS), memory=2**29
+    dataset = read_rows(index, rows_per_task(index.num_rows, RUN)).map_batches(
+        load, batch_size=RUN.batch_size, batch_format="pyarrow", compute=TaskPoolStrategy(size=LOADERS), memory=2**29
     )
     batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
     return sum(sum(arrive(batch)["bytes"].to_pylist()) for batch in batches)

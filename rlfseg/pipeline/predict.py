@@ -68,6 +68,7 @@ def run(config: PredictConfig) -> Summary:
     card = adapter.read_card(folder)
     effective.check_sampling(config.sampling, card)
     fetch_base(card)
+    autoencoder = fetch_autoencoder(config.fast.autoencoder)
     pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
     settings = as_dict(config)
     connect()
@@ -96,7 +97,7 @@ def run(config: PredictConfig) -> Summary:
             arithmetic=arithmetic("auto", gpus),
             identity={k: settings[k] for k in ("images", "sampling", "threshold", "pixels", "png", "overlays")}
             | {"phrases": phrases, "pictures": pictures.fingerprint, "adapter": adapter.version(folder)}
-            | {"autoencoder": fetch_autoencoder(config.fast.autoencoder)},
+            | {"autoencoder": autoencoder},
             on_error=config.on_error,
             finalize=partial(_report, out, config.sampling.idle),
         )

@@ -20,7 +20,7 @@ from rlfseg.datasets.records import Loaded, Record
 from rlfseg.errors import BadSample, DataError
 from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.pipeline.folders import good_rows, require_finished, stamp
-from rlfseg.pipeline.rows import OK, Attempts, Row, Rows, refused
+from rlfseg.pipeline.rows import OK, Attempts, Row, Rows, reason, refused
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
 
 # JSON: image -> why it isn't there; phrase -> why it isn't, isn't whole, or neither asks for nor shows anything
@@ -28,7 +28,7 @@ NOTES = ("refused", "skipped", "partly", "empty")
 SCHEMA = pa.schema(
     [("id", pa.string()), ("status", pa.string()), ("images", pa.int64()), *((name, pa.string()) for name in NOTES)]
 )
-ALONE_DEATHS = 1  # of an item, which is always alone: one less than its shard, which goes on without it
+ITEM_DEATHS = 1  # of an item, which is always alone: one less than its shard, which goes on without it
 PHRASES = "phrases.parquet"  # what a source tells of its phrases beyond their masks: id, task, ...
 
 
@@ -177,7 +177,7 @@ class ShardWriter:
         skip: bool,
     ):
         self.out, self.load, self.id_of, self.attributes, self.skip = out, load, id_of, attributes, skip
-        self.attempts = Attempts(out / "_attempts" / "items", ALONE_DEATHS)
+        self.attempts = Attempts(out / "_attempts" / "items", ITEM_DEATHS)
 
     def __call__(self, rows: Rows) -> Rows:
         """Rows `id`, `items` in; `images` and NOTES out."""
@@ -198,7 +198,7 @@ class ShardWriter:
             try:
                 [done] = self.attempts.guard(self._load, [row])
                 if done["status"] != OK:
-                    raise BadSample(done["status"].removeprefix("refused: "), file="prepare", sample=row["id"])
+                    raise BadSample(reason(done["status"]), file="prepare", sample=row["id"])
             except BadSample as error:
                 if not self.skip:
                     raise

@@ -55,6 +55,11 @@ def refused(row: Row, error: Exception | str) -> Row:
     return {"id": row["id"], "status": f"refused: {error}"}
 
 
+def reason(status: str) -> str:
+    """Why a row was refused, from its status; `refused` wrote it."""
+    return status.removeprefix("refused: ")
+
+
 MOVED = pa.schema(  # rows between two steps: each a pickle, and then the arrays that it leaves out
     [("id", pa.string()), ("status", pa.string()), ("packed", pa.list_(pa.large_binary()))]
 )
@@ -109,7 +114,7 @@ class Attempts:
         self.deaths: dict[str, int] | None = None
 
     def guard(self, work: Work, rows: Rows) -> Rows:
-        """`work(rows)`; rows that an earlier process died on are worked on alone, refused after deaths alone."""
+        """`work(rows)`; rows that an earlier process died on are worked on alone, refused after `alone_deaths`."""
         if self.deaths is None:
             self.deaths = self._read()
         if any(row["id"] in self.deaths for row in rows):

@@ -34,7 +34,7 @@ from rlfseg.errors import BadSample, ConfigError, DataError, ModelError, Resourc
 from rlfseg.pipeline.causes import full_disk, our_cause
 from rlfseg.pipeline.folders import begin, finish, require_finished
 from rlfseg.pipeline.progress import Progress
-from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, unpack
+from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, reason, unpack
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,9 +216,8 @@ def run_stage(stage: Stage) -> Summary:
 
 def _pipeline(stage: Stage) -> Dataset:
     run = stage.run
-    source = IndexDatasource(stage.rows, rows_per_task(stage.rows.num_rows, run))
-    # Else Ray splits them again, by the number of CPUs, and batches are of whatever rows arrive together
-    ds: Dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.parts)))
+    per_task = rows_per_task(stage.rows.num_rows, run)
+    ds = read_rows(stage.rows, per_task)
     ds.context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(stage.out / "_checkpoint"), delete_checkpoint_on_success=False
     )
@@ -233,7 +232,7 @@ def _pipeline(stage: Stage) -> Dataset:
 
     batches: Any = {"batch_size": run.batch_size, "batch_format": "pyarrow"}
     on_cpu = batches | {
-        "compute": TaskPoolStrategy(size=run.loaders),
+        "compute": TaskPoolStrategy(size=max(1, min(run.loaders, -(-stage.rows.num_rows // per_task)))),
         "memory": run.memory_gb * 2**30,  # also keeps the step from being fused into the actors
     }
     ds = ds.map_batches(Step(RowByRow(stage.load), **step("load", last=False)), **on_cpu)
@@ -261,13 +260,21 @@ def rows_per_task(rows: int, run: WorkersConfig) -> int:
     return run.batch_size * max(1, round(share / run.batch_size))
 
 
+def read_rows(rows: pa.Table, per_task: int) -> Dataset:
+    """Index rows as a data set, so many a read task and block."""
+    source = IndexDatasource(rows, per_task)
+    # Else Ray splits them again, by the number of CPUs, and batches are of whatever rows arrive together
+    ds: Dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.parts)))
+    return ds
+
+
 class IndexDatasource(Datasource):
     """Index rows as a Ray Data source: ids only, so that finished ones are dropped before any pixel is read."""
 
-    def __init__(self, rows: pa.Table, rows_per_task: int):
+    def __init__(self, rows: pa.Table, per_task: int):
         super().__init__()  # type: ignore[no-untyped-call]
-        starts = range(0, rows.num_rows, rows_per_task)
-        self.parts = [rows.slice(n, rows_per_task).combine_chunks() for n in starts]
+        starts = range(0, rows.num_rows, per_task)
+        self.parts = [rows.slice(n, per_task).combine_chunks() for n in starts]
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Of the index rows, in bytes."""
@@ -276,7 +283,7 @@ class IndexDatasource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """A task every `rows_per_task` rows."""
+        """A task for each of the parts."""
         return [
             ReadTask(
                 partial(iter, [part]),
@@ -310,7 +317,7 @@ class Step:
         check_rows(self.stage, [row["id"] for row in rows], done)
         bad = next((row for row in done if row["status"] != OK), None)
         if bad and self.stop:
-            raise BadSample(bad["status"].removeprefix("refused: "), file=self.stage, sample=bad["id"])
+            raise BadSample(reason(bad["status"]), file=self.stage, sample=bad["id"])
         if self.schema is not None:
             return pa.Table.from_pylist(done, schema=self.schema)
         return pack(done)
@@ -372,7 +379,7 @@ def _account(stage: Stage) -> Row:
     missing = ids - status.keys()
     if missing:
         raise DataError(f"{stage.out}: {len(missing)} of {stage.rows.num_rows} rows are missing, e.g. {min(missing)}")
-    bad = {k: v.removeprefix("refused: ") for k, v in sorted(status.items()) if v != OK}
+    bad = {k: reason(v) for k, v in sorted(status.items()) if v != OK}
     return {"rows_in": stage.rows.num_rows, "rows_out": len(status) - len(bad), "refused": bad}
 
 

@@ -142,6 +142,7 @@ def test_rows_arrive_as_they_were_sent(arrays: list[NDArray[Any]], cut: int) -> 
         for key in ("array", "turned"):
             assert got[key].dtype == sent[key].dtype
             np.testing.assert_array_equal(got[key], sent[key])
+            assert not got[key].flags.writeable  # it lies in Ray's store
 
 
 def test_index_rows_are_unpacked_as_they_are() -> None:

@@ -84,6 +84,11 @@ def test_who_is_in_a_batch_with_whom_depends_on_no_number_of_workers(tmp_path: P
     assert values(tmp_path / "out") == {str(n): n - n % 3 for n in range(120)}
 
 
+def test_fewer_batches_than_loaders_are_nothing_to_warn_of(tmp_path: Path) -> None:
+    run_stage(stage(tmp_path / "out", 2, run=WorkersConfig(batch_size=2, loaders=3)))
+    assert values(tmp_path / "out") == {"0": truth(0), "1": truth(1)}
+
+
 # --- output folders -----------------------------------------------------------------------------------------------
 
 
