@@ -74,12 +74,15 @@ format: venv ## Let ruff format and mend what it can
 	$(PYTHON) -m ruff format .
 	$(PYTHON) -m ruff check --fix .
 
-test: venv ## The tests that take minutes, on CPU
-	$(PYTHON) -m pytest -m 'not slow and not drill'
+test: venv ## The tests that take minutes: on the CPU, then those of a GPU where there is one
+	$(PYTHON) -m pytest -m 'not slow and not drill and not gpu'
+	$(PYTHON) -m pytest -m gpu tests/test_gpu.py
 
 test-all: venv ## All tests: slow ones, drills and, where there is a GPU, those for it; results go to docs/test-all.md
-	$(PYTHON) -m pytest --junit-xml=runs/test-all.xml && failed= || failed=1
-	PYTHONPATH=. $(PYTHON) scripts/test_report.py runs/test-all.xml docs/test-all.md
+	failed=
+	$(PYTHON) -m pytest -m 'not gpu' --junit-xml=runs/test-all.xml || failed=1
+	$(PYTHON) -m pytest -m gpu --junit-xml=runs/test-gpu.xml tests/test_gpu.py || failed=1
+	PYTHONPATH=. $(PYTHON) scripts/test_report.py runs/test-all.xml runs/test-gpu.xml docs/test-all.md
 	test -z "$$failed"
 
 faults: venv ## The known faults that tests stand for

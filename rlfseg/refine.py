@@ -14,16 +14,15 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float32, UInt8
-from numpy.typing import NDArray
 from scipy import ndimage
 from sklearn.cluster import KMeans
 
 from rlfseg.config import GuardConfig
 
-Mask = UInt8[NDArray[np.uint8], "H W"]
-Masks = UInt8[NDArray[np.uint8], "n H W"]
-Points = Float32[NDArray[np.float32], "N 2"]
-Logits = Float32[NDArray[np.float32], "h w"]
+Mask = UInt8[np.ndarray, "H W"]
+Masks = UInt8[np.ndarray, "n H W"]
+Points = Float32[np.ndarray, "N 2"]
+Logits = Float32[np.ndarray, "h w"]
 T = TypeVar("T")
 
 MAX_OBJECTS = 64  # connected components of one mask that are refined, the largest; noise has thousands

@@ -23,6 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 FAULT_ROW = re.compile(r"[a-z0-9]+(-[a-z]+)?-\d+")
 THREADS = 1  # of the test process: on a busy machine two threads wait for each other at every small tensor
+# `pytest -m gpu`: only then is a GPU seen, so that all other tests are of the CPU on any machine; and without beartype,
+# which torch can't compile.
+ON_GPU = "gpu" in sys.argv
 
 # Modules whose annotations give shapes: in this process beartype checks each call into them. Not those that check what
 # users hand in (hdf5, datasets): their own refusals are what tests want to see.
@@ -45,10 +48,13 @@ def _make_environment_safe() -> None:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what later versions of Ray do; else it warns
     }
+    if not ON_GPU:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 _make_environment_safe()
-jaxtyping.install_import_hook([f"rlfseg.{module}" for module in SHAPED], "beartype.beartype").__enter__()
+if not ON_GPU:
+    jaxtyping.install_import_hook([f"rlfseg.{module}" for module in SHAPED], "beartype.beartype").__enter__()
 
 # Speed is no property here: the machine may be busy. In CI the examples are the same each time.
 hypothesis.settings.register_profile(
@@ -70,8 +76,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker in item.iter_markers("fault"):
             if len(marker.args) != 1 or not FAULT_ROW.fullmatch(str(marker.args[0])):
                 raise pytest.UsageError(f"{item.nodeid}: fault() takes the id of one row, such as 'h5-key-01'")
-        if item.get_closest_marker("gpu") and not _has_gpu():
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and there is none"))
+        if item.get_closest_marker("gpu") and not (ON_GPU and _gpus()):
+            reason = "there is no CUDA device" if ON_GPU else "for a CUDA device: pytest -m gpu"
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -96,10 +103,10 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _has_gpu() -> bool:
+def _gpus() -> int:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count()
 
 
 # --- fixtures -----------------------------------------------------------------------------------------------------
@@ -123,7 +130,7 @@ def ray() -> Iterator[ModuleType]:
     ray.init(
         address="local",
         num_cpus=8,
-        num_gpus=0,
+        num_gpus=_gpus(),
         object_store_memory=300_000_000,
         include_dashboard=False,
         log_to_driver=False,

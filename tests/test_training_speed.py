@@ -62,15 +62,6 @@ def test_channels_last_reorders_weights_and_changes_nothing(batches: list[Batch]
     assert plain.step(batches[0]) == pytest.approx(reordered.step(batches[0]), rel=1e-3)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("tf32", [True, False])
-def test_tf32_rounds_the_factors_of_fp32_products(tf32: bool) -> None:
-    make(backbone=dataclasses.replace(TINY, device="cuda", dtype="fp32"), speed=SpeedConfig(tf32=tf32))
-    a = torch.randn(512, 512, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).cuda()
-    error = ((a.float() @ a.float()).double() - a @ a).abs().max()
-    assert (error > 1e-3) == tf32
-
-
 @pytest.fixture
 def compiled(root: Path, tmp_path: Path) -> dict[str, Any]:
     """What tests/compiled.py came to: beartype, which checks shapes in this process, can't be compiled."""

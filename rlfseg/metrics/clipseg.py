@@ -112,7 +112,7 @@ class ClipSeg(Additive):
 
 def to_square(
     score: Score, truth: Mask, side: int = SIDE
-) -> tuple[Float32[NDArray[np.float32], "S S"], UInt8[NDArray[np.uint8], "S S"]]:
+) -> tuple[Float32[np.ndarray, "S S"], UInt8[np.ndarray, "S S"]]:
     """A sample in CLIPSeg's frame: the true mask by nearest pixel, the scores bilinear with aligned corners.
 
     CLIPSeg stretches logits and takes the sigmoid after; where its network's own size is the square, as in its

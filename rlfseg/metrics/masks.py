@@ -13,7 +13,7 @@ from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
 
 Bits = NDArray[np.bool_]
-Mask = UInt8[NDArray[np.uint8], "H W"] | Bool[NDArray[np.bool_], "H W"]
+Mask = UInt8[np.ndarray, "H W"] | Bool[np.ndarray, "H W"]
 
 
 def ratio(intersection: Any, union: Any) -> NDArray[np.float64]:

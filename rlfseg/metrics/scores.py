@@ -13,7 +13,7 @@ from rlfseg.errors import DataError
 from rlfseg.metrics.masks import Mask, ratio
 
 # Axes of their own: scores and mask that differ in size are a caller's error, and get a DataError.
-Score = Float32[NDArray[np.float32], "h w"] | Float64[NDArray[np.float64], "h w"]
+Score = Float32[np.ndarray, "h w"] | Float64[np.ndarray, "h w"]
 Counts = NDArray[np.int64]
 
 THRESHOLDS: NDArray[np.float64] = np.linspace(0, 1, 51)[1:-1]
@@ -27,7 +27,7 @@ _CUT = np.full(BINS + 1, np.inf)  # the score 1 falls into a bin of its own, and
 _CUT[_BIN_OF_THRESHOLD] = THRESHOLDS
 
 
-def score_histograms(score: Score, truth: Mask) -> Int64[NDArray[np.int64], "2 bins"]:
+def score_histograms(score: Score, truth: Mask) -> Int64[np.ndarray, "2 bins"]:
     """Counts the pixels of each score, apart for the outside and the inside of the true mask.
 
     Args:
@@ -60,13 +60,13 @@ def above_thresholds(histogram: Counts) -> Counts:
     return above
 
 
-def iou_by_threshold(histograms: Int64[NDArray[np.int64], "2 bins"]) -> NDArray[np.float64]:
+def iou_by_threshold(histograms: Int64[np.ndarray, "2 bins"]) -> NDArray[np.float64]:
     """IoU of a sample at each of THRESHOLDS, float64 [49]; 1 where prediction and truth are both empty."""
     false, true = map(above_thresholds, histograms)
     return ratio(true, histograms[1].sum() + false)
 
 
-def average_precision(histograms: Int64[NDArray[np.int64], "2 bins"]) -> float:
+def average_precision(histograms: Int64[np.ndarray, "2 bins"]) -> float:
     """AP = sum_k (R_k - R_{k-1}) P_k over falling scores (scikit-learn's definition); 0 where nothing is positive.
 
     Args:
@@ -80,7 +80,7 @@ def average_precision(histograms: Int64[NDArray[np.int64], "2 bins"]) -> float:
     return float((positives * precision).sum() / max(positives.sum(), 1))
 
 
-def precision_recall(histograms: Int64[NDArray[np.int64], "2 bins"]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def precision_recall(histograms: Int64[np.ndarray, "2 bins"]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Precision and recall as the threshold falls through the bins, float64 [2048] each; 0 where there is nothing."""
     negatives, positives = histograms[:, ::-1]
     tp, fp = positives.cumsum(), negatives.cumsum()

@@ -14,7 +14,7 @@ from rlfseg.metrics.scores import Counts, Score, check_values
 from rlfseg.metrics.sums import Additive
 
 VOID = -1  # of no class; as a truth, such pixels are ignored (255 in COCO-Stuff's label maps)
-Labels = Int[NDArray[np.int32], "H W"]
+Labels = Int[np.ndarray, "H W"]
 
 
 class Argmax:

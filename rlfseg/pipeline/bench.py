@@ -1,6 +1,7 @@
 """Bench: what rlfseg's ways cost against the plain ones, as ratios in one run on one machine.
 
-A suite is a module with a function `measure(config) -> list[Row]`: `bench_NAME` beside this one, or `serve/bench.py`.
+A suite is a module with a function `measure(config)` that gives rows as they are measured: `bench_NAME` beside this
+one, or `serve/bench.py`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Row:
 
 
 def run(config: BenchConfig) -> Summary:
-    """Runs suites, prints one table, writes bench.json and machine.json and records them.
+    """Runs suites, prints each row as it comes and one table, writes bench.json and machine.json and records them.
 
     Args:
         config: Settings of the command.
@@ -77,11 +78,12 @@ def run(config: BenchConfig) -> Summary:
     write_json(out / "machine.json", here | {"settings": as_dict(config)})
     figures: dict[str, float] = {}
     for name in suites:
-        suite = "serve.bench" if name == "serve" else f"rlfseg.pipeline.bench_{name}"
-        found: list[Row] = importlib.import_module(suite).measure(config)
-        rows += found
-        figures |= {f"bench/{name}/{r.name}": r.figure for r in found}
-        write_json(out / "bench.json", [asdict(r) | {"verdict": r.verdict} for r in rows])
+        suite = importlib.import_module("serve.bench" if name == "serve" else f"rlfseg.pipeline.bench_{name}")
+        for row in suite.measure(config):
+            rows.append(row)
+            figures[f"bench/{name}/{row.name}"] = row.figure
+            write_json(out / "bench.json", [asdict(r) | {"verdict": r.verdict} for r in rows])
+            print(f"{row.name}: {row.ours:.4g} {row.unit}", flush=True)
     with tracking.Run.start(
         config.tracking, params=as_dict(config), run_name=f"bench-{'-'.join(suites)}", tags={"rlfseg.stage": "bench"}
     ) as recorded:

@@ -7,7 +7,7 @@ than 512, which leaves the ratios about as they are: all parts grow with the pix
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -70,18 +70,21 @@ class Subject:
         return Backbone.load(BackboneConfig(base=str(self.base), resolution=resolution))
 
 
-def measure(config: BenchConfig) -> list[Row]:
+def measure(config: BenchConfig) -> Iterator[Row]:
     """All rows of the suite.
 
     Args:
         config: Settings of the command.
 
-    Returns:
+    Yields:
         Rows in the order in which they are shown.
     """
     with tempfile.TemporaryDirectory(dir=config.out, prefix="model-") as made:
         subject = _subject(config, Path(made))
-        return [*inference(subject), training(subject), *selection(subject), *refinement(config)]
+        yield from inference(subject)
+        yield training(subject)
+        yield from selection(subject)
+        yield from refinement(config)
 
 
 def _subject(config: BenchConfig, folder: Path) -> Subject:

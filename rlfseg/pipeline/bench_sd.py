@@ -7,6 +7,7 @@ one call after a first, since it takes long; on a GPU of the median of the round
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -38,17 +39,17 @@ SHARES = {"A100": 0.30}  # of the peak, to reach; any other card
 OTHERS = 0.20
 
 
-def measure(config: BenchConfig) -> list[Row]:
+def measure(config: BenchConfig) -> Iterator[Row]:
     """All rows of the suite, each of a process of its own: what another left behind counts for nothing.
 
     Args:
         config: Settings of the command.
 
-    Returns:
+    Yields:
         Rows in the order in which they are shown.
     """
     on_gpu, side = choose_device("auto") == "cuda", 128 if config.quick else SIDE
-    batch, rows = 8 if on_gpu else 1, list[Row]()  # the paper's, or one sample on a CPU
+    batch = 8 if on_gpu else 1  # the paper's, or one sample on a CPU
     with (
         tempfile.TemporaryDirectory(dir=config.out, prefix="sd-") as made,
         ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as fresh,
@@ -57,11 +58,11 @@ def measure(config: BenchConfig) -> list[Row]:
         for count in (1, 4):
             goal = GOAL_SECONDS if on_gpu and count == 1 and side == SIDE else None
             cost = fresh.submit(prediction, made, side, count, config.rounds).result()
-            rows += _rows(f"one image of {side} px with {count} phrase{'s' * (count > 1)}", cost, goal)
+            yield from _rows(f"one image of {side} px with {count} phrase{'s' * (count > 1)}", cost, goal)
         if on_gpu:
-            rows.append(fresh.submit(share, made, side, config.rounds).result())
+            yield fresh.submit(share, made, side, config.rounds).result()
         cost = fresh.submit(training_step, made, side, batch, config.rounds).result()
-        return [*rows, *_rows(f"a training step of {batch} x {side} px from cached latents", cost, None)]
+        yield from _rows(f"a training step of {batch} x {side} px from cached latents", cost, None)
 
 
 def prediction(base: str, side: int, count: int, rounds: int) -> Cost:
@@ -136,7 +137,7 @@ def _rows(name: str, cost: Cost, goal: float | None) -> list[Row]:
 
 
 def share(base: str, resolution: int, rounds: int) -> Row:
-    """The UNet's share of the card's matrix peak in bf16, at the batch size where it is largest.
+    """The UNet's share of the card's matrix peak in bf16, compiled, at the batch size that is best without.
 
     Args:
         base: A diffusers folder.
@@ -150,16 +151,20 @@ def share(base: str, resolution: int, rounds: int) -> Row:
     backbone.fuse()
     card = torch.cuda.get_device_name()
     known = next((kind for kind in PEAKS if kind in card), None)
-    velocity, side, best, at = torch.compile(backbone.velocity, dynamic=False), backbone.resolution // 8, 0.0, 0
-    for count in BATCHES:
+    side = backbone.resolution // 8
+
+    def rate(velocity: Callable[..., object], count: int) -> float:
         z, t, text = torch.randn(count, 4, side, side), torch.ones(count), torch.randn(count, 77, 768)
         given = [x.to("cuda") for x in (z, t, text)]
         with torch.no_grad():
             with FlopCounterMode(display=False) as counter:
                 backbone.velocity(*given)
             [taken] = race(partial(velocity, *given), rounds=rounds)
-        if (rate := counter.get_total_flops() / taken) > best:
-            best, at = rate, count
+        return float(counter.get_total_flops()) / taken
+
+    rates = {count: rate(backbone.velocity, count) for count in BATCHES}
+    at = max(rates, key=rates.__getitem__)
+    best = rate(torch.compile(backbone.velocity, dynamic=False), at)
     peak = PEAKS[known] if known else None
     return Row(
         name=f"UNet at {backbone.resolution} px in bf16, batch {at}, share of the peak of {card}",

@@ -1,7 +1,7 @@
 """`rlfseg bench stages`: the steps of predict through Ray Data, against the same classes in a plain loop.
 
-One torch thread on both sides. Of Ray the cost of a further image counts: the seconds of many images less those of a
-few, since actors and their models are made once for a million images as for one.
+One torch thread on both sides, on the CPU. Of Ray the cost of a further image counts: the seconds of many images less
+those of a few, since actors and their models are made once for a million images as for one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class OneThread:
     """The networks of predict on one torch thread, wherever they run."""
 
     def __init__(self, reference: str):
-        self.predictor = Predictor(reference)
+        self.predictor = Predictor(reference, device="cpu")
 
     def __call__(self, rows: Rows) -> Rows:
         """As `Predictor`."""

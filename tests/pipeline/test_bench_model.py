@@ -91,7 +91,7 @@ def test_the_script_has_our_loss(script: baselines.LoraScript) -> None:
 def test_every_row_of_the_quick_suite(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The suite itself checks that masks, scores and choices are the same before it measures."""
     out = tmp_path_factory.mktemp("bench")
-    rows = bench_model.measure(BenchConfig(what=("model",), quick=True, rounds=1, out=str(out)))
+    rows = list(bench_model.measure(BenchConfig(what=("model",), quick=True, rounds=1, out=str(out))))
     assert len(rows) == 8
     assert all(row.ratio and row.ratio > 0 for row in rows)
     assert list(out.iterdir()) == []
