@@ -93,12 +93,15 @@ def selection_loss(
     *,
     has_refined: Bool[Tensor, " B"],
     v_frozen: Velocity | None = None,
+    few_calls: bool = False,
 ) -> tuple[Float32[Tensor, " B"], Bool[Tensor, " B"]]:
     """Eq. 4 from latents: equal to computing both losses in full, in value and gradient, but cheaper.
 
     The refined label's loss is computed with gradient, the original's without; only the samples that turn out to learn
-    from the original (15 % in the paper) are computed again with gradient. Where z_t doesn't depend on the label, which
-    is at t = 1 and where the labels are equal, one prediction serves both losses.
+    from the original (15 % in the paper) are computed again with gradient. That is the fewest operations. With
+    `few_calls` both losses come from one call without gradient, and the chosen one from a second with it: more
+    operations, but no call of one or two samples, which takes a GPU as long as one of eight. Where z_t doesn't depend
+    on the label, which is at t = 1 and where the labels are equal, one prediction serves both losses.
 
     Args:
         v: Velocity model, called with gradient; must be deterministic (no dropout).
@@ -109,24 +112,49 @@ def selection_loss(
         text: Text states.
         has_refined: Whether a sample has a refined label; if not, it learns from the original.
         v_frozen: The same model for calls without gradient, such as the module inside a DDP wrapper; default: `v`.
+        few_calls: Save calls of the model rather than operations.
 
     Returns:
         Each sample's loss, and whether it learns from the refined label.
     """
     z0_refined = torch.where(has_refined.view(-1, 1, 1, 1), z0_refined, z0)
+    apart = (z0 != z0_refined).flatten(1).any(dim=1) & (t != 1)  # elsewhere z_t is one for both labels
+    labels, way = (z1, z0, z0_refined, t, text, apart), _choose_first if few_calls else _choose_last
+    loss, chose_refined = way(v, v if v_frozen is None else v_frozen, *labels)
+    return loss, chose_refined & has_refined
+
+
+def _choose_last(
+    v: Velocity, frozen: Velocity, z1: Tensor, z0: Tensor, z0_refined: Tensor, t: Tensor, text: Tensor, apart: Tensor
+) -> tuple[Tensor, Tensor]:
     v_pred = v(interpolate(z1, z0_refined, t), t, text)
     loss_refined = loss_per_sample(v_pred, z1, z0_refined)
     loss_original = loss_per_sample(v_pred, z1, z0)  # right where z_t is shared; the rest follows
-
-    apart = (z0 != z0_refined).flatten(1).any(dim=1) & (t != 1)
     rows = apart.nonzero().squeeze(1)
     if len(rows):
         with torch.no_grad():
-            rivals = flow_loss(v if v_frozen is None else v_frozen, z1[rows], z0[rows], t[rows], text[rows])
+            rivals = flow_loss(frozen, z1[rows], z0[rows], t[rows], text[rows])
         loss_original = loss_original.index_copy(0, rows, rivals)
 
     loss, chose_refined = select(loss_original, loss_refined)
     rows = (apart & ~chose_refined).nonzero().squeeze(1)
     if len(rows):
         loss = loss.index_copy(0, rows, flow_loss(v, z1[rows], z0[rows], t[rows], text[rows]))
-    return loss, chose_refined & has_refined
+    return loss, chose_refined
+
+
+def _choose_first(
+    v: Velocity, frozen: Velocity, z1: Tensor, z0: Tensor, z0_refined: Tensor, t: Tensor, text: Tensor, apart: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows, refined = apart.nonzero().squeeze(1), torch.ones_like(apart)
+    if len(rows):
+        both, labels = rows.repeat(2), torch.cat([z0[rows], z0_refined[rows]])
+        with torch.no_grad():
+            losses = flow_loss(frozen, z1[both], labels, t[both], text[both])
+        refined[rows] = select(*losses.chunk(2))[1]
+
+    chosen = torch.where(refined.view(-1, 1, 1, 1), z0_refined, z0)
+    v_pred = v(interpolate(z1, chosen, t), t, text)
+    loss, by_one_prediction = select(loss_per_sample(v_pred, z1, z0), loss_per_sample(v_pred, z1, z0_refined))
+    loss = torch.where(apart, loss_per_sample(v_pred, z1, chosen), loss)
+    return loss, torch.where(apart, refined, by_one_prediction)

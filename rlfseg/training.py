@@ -148,7 +148,15 @@ class TrainState:
         with self.backbone.autocast():
             text = self.backbone.text(batch.phrases)
             return flow.selection_loss(
-                self.model, z1, z0, z0_refined, t, text, has_refined=has_refined, v_frozen=self.backbone.velocity
+                self.model,
+                z1,
+                z0,
+                z0_refined,
+                t,
+                text,
+                has_refined=has_refined,
+                v_frozen=self.backbone.velocity,
+                few_calls=device != "cpu",
             )
 
     def validate(self, samples: Iterable[Labelled], card: Card) -> Sums:

@@ -148,12 +148,15 @@ def test_select_takes_the_smaller_loss_and_ties_go_to_the_refined(pairs: list[tu
 
 @pytest.mark.parametrize("times", ["uniform", "mixed", "one"])
 @pytest.mark.parametrize("seed", range(4))
-def test_selection_equals_the_naive_way_with_gradients(batch: dict[str, Any], times: str, seed: int) -> None:
+@pytest.mark.parametrize("few_calls", [False, True])
+def test_selection_equals_the_naive_way_with_gradients(
+    batch: dict[str, Any], times: str, seed: int, few_calls: bool
+) -> None:
     torch.manual_seed(seed)
     v, has_refined = Field(), torch.rand(B) < 0.8
     batch["z0_refined"] = torch.where(torch.rand(B, 1, 1, 1) < 0.2, batch["z0"], batch["z0_refined"])  # some are equal
     batch["t"] = {"uniform": batch["t"], "mixed": torch.tensor([1, 0.3, 1, 0.2, 0.9, 1]), "one": torch.ones(B)}[times]
-    loss, chosen = selection_loss(v, **batch, has_refined=has_refined)
+    loss, chosen = selection_loss(v, **batch, has_refined=has_refined, few_calls=few_calls)
     naive_loss, naive_chosen = naive_selection(v, batch, has_refined)
     assert chosen.tolist() == naive_chosen.tolist()
     torch.testing.assert_close(loss, naive_loss, rtol=1e-5, atol=1e-6)
@@ -178,26 +181,48 @@ def test_only_originals_that_win_are_computed_again_with_gradient(batch: dict[st
     assert chosen[4:].tolist() == [True, False]
 
 
-def test_at_t_1_one_call_serves_both_losses(batch: dict[str, Any]) -> None:
+def test_few_calls_are_one_without_gradient_and_one_with_it(batch: dict[str, Any]) -> None:
+    v, v_frozen = Field(), Field()
+    batch["z0_refined"][4] = batch["z0"][4]
+    has_refined = torch.tensor([True, True, True, True, True, False])
+    selection_loss(v, **batch, has_refined=has_refined, v_frozen=v_frozen, few_calls=True)
+    assert v_frozen.calls == [(2 * 4, False)]
+    assert v.calls == [(B, True)]
+
+
+def test_under_autocast_few_calls_leave_the_gradient_of_trained_weights(batch: dict[str, Any]) -> None:
+    """Autocast keeps the weights that it has cast, and those of the call without gradient would serve the other too."""
     v = Field()
-    selection_loss(v, **batch | {"t": torch.ones(B)}, has_refined=torch.ones(B, dtype=torch.bool))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = selection_loss(v, **batch, has_refined=torch.ones(B, dtype=torch.bool), few_calls=True)
+        naive, _ = naive_selection(v, batch, torch.ones(B, dtype=torch.bool))
+    for ours, theirs in zip(gradients(v, loss), gradients(v, naive), strict=True):
+        assert torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("few_calls", [False, True])
+def test_at_t_1_one_call_serves_both_losses(batch: dict[str, Any], few_calls: bool) -> None:
+    v, every = Field(), torch.ones(B, dtype=torch.bool)
+    selection_loss(v, **batch | {"t": torch.ones(B)}, has_refined=every, few_calls=few_calls)
     assert v.calls == [(B, True)]
 
 
 @pytest.mark.parametrize("t", [0.5, 1.0])
-def test_without_a_refined_label_it_is_never_looked_at(batch: dict[str, Any], t: float) -> None:
+@pytest.mark.parametrize("few_calls", [False, True])
+def test_without_a_refined_label_it_is_never_looked_at(batch: dict[str, Any], t: float, few_calls: bool) -> None:
     v, none = Field(), torch.zeros(B, dtype=torch.bool)
     batch |= {"t": torch.full((B,), t), "z0_refined": torch.full((B, *SHAPE), torch.nan)}
-    loss, chosen = selection_loss(v, **batch, has_refined=none)
+    loss, chosen = selection_loss(v, **batch, has_refined=none, few_calls=few_calls)
     assert v.calls == [(B, True)]
     assert not chosen.any()
     plain = flow_loss(v, *(batch[k] for k in ("z1", "z0", "t", "text")))
     torch.testing.assert_close(gradients(v, loss), gradients(v, plain))
 
 
-def test_nan_of_the_model_is_not_selected_away(batch: dict[str, Any]) -> None:
+@pytest.mark.parametrize("few_calls", [False, True])
+def test_nan_of_the_model_is_not_selected_away(batch: dict[str, Any], few_calls: bool) -> None:
     def v(z: Tensor, t: Tensor, text: Tensor) -> Tensor:
         return torch.full_like(z, torch.nan)
 
-    loss, _ = selection_loss(v, **batch, has_refined=torch.ones(B, dtype=torch.bool))
+    loss, _ = selection_loss(v, **batch, has_refined=torch.ones(B, dtype=torch.bool), few_calls=few_calls)
     assert loss.isnan().all()
