@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -68,46 +70,80 @@ def test_a_training_step_is_that_of_the_cpu_but_for_rounding(dtype: str, roundin
     assert torch.cosine_similarity(gradients(here), gradients(there).cpu(), dim=0) > 1 - rounding
 
 
-def test_every_stage_runs_on_it_says_so_and_finds_what_the_cpu_finds(
-    tmp_path: Path, ray: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    configs = root / "jobs" / "configs" / "quickstart"
+# --- stages, with real actors on it ---------------------------------------------------------------------------------
 
-    def run(command: str, out: str, *flags: str) -> str:
-        assert cli.main(command, [*flags, f"--out={tmp_path / out}"]) == 0
-        return capsys.readouterr().out
 
-    def at(name: str) -> str:
-        return str(tmp_path / name)
+class Chain:
+    """Runs commands in one folder.
 
-    for labels in ("coarse", "exact"):
-        run("prepare", labels, "--shapes.count=12", f"--shapes.labels={labels}")
-    refine = [f"--config={configs / 'refine.yaml'}", f"--samples={at('coarse')}", "--run.workers=1"]
-    assert "1 worker, 1 GPU" in run("refine", "refined", *refine)
-    assert "CPU" in run("refine", "refined-cpu", *refine, "--sam.device=cpu")
-    encode = [f"--config={configs / 'encode.yaml'}", f"--samples={at('refined')}", "--run.workers=1"]
-    assert "1 worker, 1 GPU, bf16" in run("encode", "latents", *encode)
-    train = [f"--config={configs / 'train.yaml'}", f"--latents={at('latents')}", "--workers=1", "--max_steps=4"]
-    assert "1 worker, 1 GPU, bf16" in run("train", "train", *train, "--batch_size=4", "--tracking.enabled=false")
-    loaded, _ = adapter.load(tmp_path / "train" / "adapter", device="cpu")
-    assert all(w.isfinite().all() for w in loaded.velocity.parameters())
-    measure = ["--adapter=tiny", f"--samples={at('exact')}", "--overlays=0", "--tracking.enabled=false"]
-    assert "1 GPU, bf16" in run("evaluate", "gpu", *measure, "--run.workers=1")
-    assert "CPU, fp32" in run("evaluate", "cpu", *measure, "--run.workers=1", "--device=cpu")
+    Args:
+        folder: Where all of them write.
+        configs: Those of the quickstart.
+    """
 
-    ours, theirs = (masks(tmp_path / name) for name in ("refined", "refined-cpu"))
+    def __init__(self, folder: Path, configs: Path):
+        self.folder, self.configs = folder, configs
+        for labels in ("coarse", "exact"):
+            self("prepare", labels, "--shapes.count=12", f"--shapes.labels={labels}")
+
+    def __call__(self, command: str, out: str, *flags: str) -> str:
+        """Runs a command into `out`; what it says of itself."""
+        said = io.StringIO()
+        with redirect_stdout(said):
+            code = cli.main(command, [*flags, f"--out={self.folder / out}"])
+        assert code == 0, said.getvalue()
+        return said.getvalue()
+
+    def refine(self, out: str, *flags: str) -> str:
+        """Refines the coarse labels."""
+        config = f"--config={self.configs / 'refine.yaml'}"
+        return self("refine", out, config, f"--samples={self.folder / 'coarse'}", "--run.workers=1", *flags)
+
+    def evaluate(self, out: str, *flags: str) -> str:
+        """Measures the shipped adapter."""
+        off = ["--overlays=0", "--tracking.enabled=false", "--run.workers=1"]
+        return self("evaluate", out, "--adapter=tiny", f"--samples={self.folder / 'exact'}", *off, *flags)
+
+    def masks(self, name: str) -> dict[tuple[str, int], Any]:
+        """The masks of `refine`, by id and number."""
+        rows = [r for p in (self.folder / name).glob("data/*.parquet") for r in pq.read_table(p).to_pylist()]
+        return {
+            (r["id"], n): rle_decode(m, (r["height"], r["width"]))
+            for r in rows
+            for n, m in enumerate(r["masks"])
+            if m is not None
+        }
+
+    def miou(self, name: str) -> float:
+        """What `evaluate` found."""
+        return float(json.loads((self.folder / name / "results.json").read_text())["miou"])
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory, ray: ModuleType, root: Path) -> Chain:
+    return Chain(tmp_path_factory.mktemp("chain"), root / "jobs" / "configs" / "quickstart")
+
+
+def test_refining_on_it_gives_the_masks_of_the_cpu(chain: Chain) -> None:
+    assert "1 worker, 1 GPU, fp32" in chain.refine("refined")
+    assert "1 worker, CPU, fp32" in chain.refine("refined-cpu", "--sam.device=cpu")
+    ours, theirs = (chain.masks(name) for name in ("refined", "refined-cpu"))
     assert ours.keys() == theirs.keys()
     assert np.mean([iou(ours[k], theirs[k]) for k in ours]) > 0.97
-    there, here = (json.loads((tmp_path / name / "results.json").read_text())["miou"] for name in ("gpu", "cpu"))
-    assert there == pytest.approx(here, abs=0.02)
 
 
-def masks(folder: Path) -> dict[tuple[str, int], Any]:
-    """The masks of `refine`, by id and number."""
-    rows = [r for p in folder.glob("data/*.parquet") for r in pq.read_table(p).to_pylist()]
-    return {
-        (r["id"], n): rle_decode(m, (r["height"], r["width"]))
-        for r in rows
-        for n, m in enumerate(r["masks"])
-        if m is not None
-    }
+def test_evaluating_on_it_gives_the_figures_of_the_cpu(chain: Chain) -> None:
+    assert "1 worker, 1 GPU, bf16" in chain.evaluate("gpu")
+    assert "1 worker, CPU, fp32" in chain.evaluate("cpu", "--device=cpu")
+    assert chain.miou("gpu") == pytest.approx(chain.miou("cpu"), abs=0.02)
+
+
+def test_encoding_and_training_on_it_give_an_adapter_for_the_cpu(chain: Chain) -> None:
+    chain.refine("refined-again")
+    config, samples = f"--config={chain.configs / 'encode.yaml'}", f"--samples={chain.folder / 'refined-again'}"
+    assert "1 worker, 1 GPU, bf16" in chain("encode", "latents", config, samples, "--run.workers=1")
+    config, latents = f"--config={chain.configs / 'train.yaml'}", f"--latents={chain.folder / 'latents'}"
+    few = ["--workers=1", "--max_steps=4", "--batch_size=4", "--tracking.enabled=false"]
+    assert "1 worker, 1 GPU, bf16" in chain("train", "train", config, latents, *few)
+    loaded, _ = adapter.load(chain.folder / "train" / "adapter", device="cpu")
+    assert all(bool(w.isfinite().all()) for w in loaded.velocity.parameters())

@@ -129,4 +129,6 @@ def _writing(path: Path) -> Iterator[None]:
     except RlfsegError:
         raise
     except (OSError, RuntimeError) as error:
-        raise ResourceError(f"{path}: can't be written ({error}); is the disk full or the folder read-only?") from error
+        number = error.errno if isinstance(error, OSError) else None
+        why = os.strerror(number) if number else " ".join(str(error).split())  # HDF5's own texts have several lines
+        raise ResourceError(f"{path}: can't be written ({why}); is the disk full or the folder read-only?") from error

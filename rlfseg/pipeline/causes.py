@@ -10,12 +10,17 @@ from ray.exceptions import RayTaskError
 
 from rlfseg.errors import ResourceError, RlfsegError
 
+ADVICE = "\nFailed to apply UDF transform after "  # Ray Data appends what may be set to try again, which doesn't help
+
 
 def our_cause(error: BaseException | None) -> RlfsegError | None:
-    """The first of our own errors in a chain of causes."""
+    """The first of our own errors in a chain of causes, without what Ray has added to its text."""
     # Ray's own is both
     ours = (e for e in _causes(error) if isinstance(e, RlfsegError) and not isinstance(e, RayTaskError))
-    return next(ours, None)
+    found = next(ours, None)
+    if found is not None:
+        found.args = tuple(a.partition(ADVICE)[0] if isinstance(a, str) else a for a in found.args)
+    return found
 
 
 def full_disk(error: BaseException, out: Path) -> ResourceError | None:
