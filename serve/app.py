@@ -69,8 +69,8 @@ def build(config: ServeConfig) -> serve.Application:
     model: Any = serve.deployment(Model).options(  # type: ignore[attr-defined]  # Serve's types know decorators alone
         **common,
         ray_actor_options={"num_cpus": config.cpus, "num_gpus": config.gpus},
-        # twice a batch: the next one gathers while one is in the network
-        max_ongoing_requests=2 * config.batch_size,
+        # all that may wait: Serve asks a replica that is full again only after a while, up to half a second
+        max_ongoing_requests=config.batch_size + limits.queue,
         max_queued_requests=limits.queue,
         max_surge_percent=config.surge_percent,
         autoscaling_config={

@@ -45,7 +45,8 @@ class LimitsConfig:
     requests: PositiveInt = 64
     """Requests that a front replica works on at a time; as many may wait, and further ones are answered 503."""
     queue: PositiveInt = 64
-    """Pictures that may wait for a model, counted at each front replica; further ones are answered 503."""
+    """Pictures that may wait at a model replica, and as many at each front replica for a place there; further ones are
+    answered 503."""
     deadline_s: Positive = 60.0
     """Seconds after which a request is given up and answered 504."""
     retry_after_s: PositiveInt = 2
@@ -79,8 +80,8 @@ class ServeConfig:
     """How masks are computed faster."""
     batch_size: PositiveInt = 8
     """Pictures, each with all its phrases, that go through the network together at most."""
-    batch_wait_s: Annotated[float, Field(ge=0)] = 0.01
-    """Seconds that a picture waits for others to share its batch."""
+    batch_wait_s: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that a picture waits for others to share its batch; 0: a batch is what came while the last was in work."""
     replicas: PositiveInt = 1
     """Model replicas at least."""
     max_replicas: PositiveInt | None = None
