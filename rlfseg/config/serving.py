@@ -81,7 +81,7 @@ class ServeConfig:
     batch_size: PositiveInt = 8
     """Pictures, each with all its phrases, that go through the network together at most."""
     batch_wait_s: Annotated[float, Field(ge=0)] = 0.0
-    """Seconds that a picture waits for others to share its batch; 0: a batch is what came while the last was in work."""
+    """Seconds that a picture waits for others to share its batch; 0: whoever came while the last was in work."""
     replicas: PositiveInt = 1
     """Model replicas at least."""
     max_replicas: PositiveInt | None = None
