@@ -1,7 +1,8 @@
 """How fast the service is, and how it behaves when it is asked too much: rows for `rlfseg bench`.
 
 Clients are threads of this process, each with a connection of its own; pictures differ and latents are not kept, so
-that every request costs the same. Ours and its baseline run one after the other on the same Ray.
+that every request costs the same. Ours and its baseline run one after the other on the same Ray. On a GPU the model is
+of SD v1.5's size with random weights, unless the settings name another: the shipped one would leave the GPU idle.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import dataclasses
 import http.client
 import io
 import json
+import tempfile
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,6 +29,7 @@ from ray.serve.context import _get_global_client
 from rlfseg import images
 from rlfseg.config import BenchConfig, LimitsConfig, ServeConfig
 from rlfseg.errors import ServiceError
+from rlfseg.pipeline import baselines
 from rlfseg.pipeline.bench import Row
 from rlfseg.pipeline.stages import connect
 from rlfseg.segmenter import Segmenter
@@ -85,15 +89,20 @@ def measure(config: BenchConfig) -> list[Row]:
     connect()
     if _get_global_client(raise_if_no_controller_running=False) is not None:
         raise ServiceError("Serve runs on this Ray already, and is left alone: measure on another one")
-    try:
-        return _measured(config)
-    finally:
-        serve.shutdown()
-
-
-def _measured(config: BenchConfig) -> list[Row]:
     ours = resolved(dataclasses.replace(config.serve, auth=False, host="127.0.0.1", cache_mb=0.0))
-    bodies, seconds = [_body(n) for n in range(PICTURES)], config.seconds
+    with tempfile.TemporaryDirectory(dir=config.out, prefix="serve-") as made:
+        if ours.gpus and ours.models == ServeConfig().models and not config.quick:
+            baselines.write_base(Path(made) / "base")
+            baselines.write_adapter(Path(made) / "adapter", base=Path(made) / "base", resolution=512)
+            ours = dataclasses.replace(ours, models={"sd": str(Path(made, "adapter").absolute())})
+        try:
+            return _measured(ours, config.seconds)
+        finally:
+            serve.shutdown()
+
+
+def _measured(ours: ServeConfig, seconds: float) -> list[Row]:
+    bodies = [_body(n) for n in range(PICTURES)]
     with running(ours) as port:
         batched = {n: load(port, bodies, clients=n, seconds=seconds) for n in CLIENTS}
     with running(dataclasses.replace(ours, batch_size=1)) as port:

@@ -26,7 +26,10 @@ from torch.nn import functional
 from torchvision.transforms import functional as vision
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from rlfseg.config import ASSETS
+from rlfseg import adapter
+from rlfseg.backbone import Backbone
+from rlfseg.config import ASSETS, BackboneConfig
+from rlfseg.config import LoraConfig as OurLoraConfig
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
@@ -53,6 +56,22 @@ def write_base(folder: Path) -> None:
     CLIPTokenizer.from_pretrained(ASSETS / "base" / "tokenizer", model_max_length=77).save_pretrained(
         folder / "tokenizer"
     )
+
+
+def write_adapter(folder: Path, *, base: Path, resolution: int) -> None:
+    """An adapter as of a training, with random weights: `adapter.load` refuses one that changes nothing.
+
+    Args:
+        folder: Made where it is missing.
+        base: A diffusers folder.
+        resolution: Side of the squares that it takes, in pixels.
+    """
+    where = str(base.absolute())
+    backbone = Backbone.load(BackboneConfig(base=where, resolution=resolution, device="cpu"))
+    backbone.add_lora(OurLoraConfig(rank=64))
+    for weight in backbone.trainable():
+        torch.nn.init.normal_(weight, std=1e-3)
+    adapter.save(backbone, folder, adapter.Card(base=where, resolution=resolution))
 
 
 def random_sam(name: str) -> Sam:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import ModuleType
 from typing import ClassVar
 
 import pytest
 
-from rlfseg.config import BenchConfig, ServeConfig
+from rlfseg.config import ASSETS, BenchConfig, ServeConfig
+from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import ServiceError
+from rlfseg.pipeline import baselines
+from rlfseg.segmenter import Segmenter
 from serve import bench
 from serve.bench import Load, load, measure
 from tests.serving.harness import free_port
@@ -82,11 +89,34 @@ def test_errors_stand_in_rows_by_status() -> None:
         bench._overload(fine, Load(statuses=Counter({503: 3}), seconds=1), fine)
 
 
+def test_on_a_gpu_a_large_model_is_served_unless_one_is_named(
+    ray: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[ServeConfig] = []
+    monkeypatch.setattr(bench, "resolved", lambda config: replace(config, gpus=1.0))
+    monkeypatch.setattr(bench, "_measured", lambda config, seconds: served.append(config) or [])
+    monkeypatch.setattr(baselines, "write_base", lambda folder: shutil.copytree(ASSETS / "base", folder))
+    monkeypatch.setattr(baselines, "write_adapter", partial(_write_small, baselines.write_adapter))
+    for models, name in (({"tiny": "tiny"}, "sd"), ({"mine": "tiny"}, "mine")):
+        measure(BenchConfig(what=("serve",), out=str(tmp_path), serve=ServeConfig(models=models)))
+        assert list(served[-1].models) == [name]
+
+
+def _write_small(write: Callable[..., None], folder: Path, *, base: Path, resolution: int) -> None:
+    """What was written loads, and its LoRA changes the masks."""
+    assert resolution == 512
+    write(folder, base=base, resolution=64)
+    picture = draw_scene(0, split="test").image
+    changed, plain = (Segmenter.load(str(folder), device="cpu", base_only=only) for only in (False, True))
+    assert (changed(picture, ["star"])[0].score != plain(picture, ["star"])[0].score).any()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_it_runs(ray: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_runs(ray: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CLIENTS", (1, 4))
-    rows = {row.name: row for row in measure(BenchConfig(what=("serve",), seconds=0.5, serve=_small()))}
+    config = BenchConfig(what=("serve",), out=str(tmp_path), seconds=0.5, serve=_small())
+    rows = {row.name: row for row in measure(config)}
     assert rows["4 clients: answered"].ours == rows["1 clients: answered"].ours == 100
     assert rows["overload: neither 200 nor 503"].ours == 0
 
