@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from rlfseg.pipeline.stages import Committed
 
-GROUPS = {"actors": "_Actor", "CPU tasks": "ray::MapBatches", "object store": "raylet"}
+GROUPS = ("actors", "CPU tasks", "object store")
 SAMPLES = "samples"
 
 
@@ -36,8 +36,11 @@ def commands(out: Path, images: int) -> dict[str, list[str]]:
 
 
 def memory(driver: psutil.Process) -> dict[str, float]:
-    """MiB of the driver, of its Ray's processes by group, and of the object store's shared memory."""
-    found = dict.fromkeys(["driver", *GROUPS], 0.0)
+    """MiB of the driver, of its Ray's processes by group, and of all shared memory, which is the object store's.
+
+    The pages of the store count for no process that has not touched them itself, so not for its owner either.
+    """
+    found = dict.fromkeys(["driver", *GROUPS], 0.0) | {"object store": psutil.virtual_memory().shared / 2**20}
     for process in [driver, *driver.children(recursive=True)]:
         try:
             title, info = " ".join(process.cmdline()), process.memory_info()
@@ -46,11 +49,8 @@ def memory(driver: psutil.Process) -> dict[str, float]:
         private = (info.rss - info.shared) / 2**20
         if process == driver:
             found["driver"] = private
-        elif GROUPS["object store"] in title.split(" ")[0]:
-            found["object store"] = info.shared / 2**20
         elif title.startswith("ray::"):
-            group = "actors" if GROUPS["actors"] in title else "CPU tasks"
-            found[group] += private
+            found["actors" if "_Actor" in title else "CPU tasks"] += private
     return found
 
 
