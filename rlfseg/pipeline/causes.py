@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from errno import ENOSPC
 from pathlib import Path
 
-from ray.exceptions import RayTaskError
+from ray.exceptions import OutOfDiskError, RayTaskError
 
 from rlfseg.errors import ResourceError, RlfsegError
 
@@ -24,7 +24,12 @@ def our_cause(error: BaseException | None) -> RlfsegError | None:
 
 
 def full_disk(error: BaseException, out: Path) -> ResourceError | None:
-    """What to say where a full disk is among the causes."""
+    """What to say where a full disk is among the causes: the output's, or the one that Ray's object store spills to."""
+    if any(isinstance(e, OutOfDiskError) for e in _causes(error)):
+        return ResourceError(
+            f"{out}: Ray's object store is full, and so is the disk that it spills to; give it more of either, or set "
+            "a smaller run.loaders, and start again: what is written stays, and it goes on"
+        )
     # by its text too: on the way from a worker the number gets lost
     if any(isinstance(e, OSError) and (e.errno == ENOSPC or "No space left" in str(e)) for e in _causes(error)):
         return ResourceError(
