@@ -139,8 +139,8 @@ def test_evaluating_on_it_gives_the_figures_of_the_cpu(chain: Chain) -> None:
 
 
 def test_encoding_and_training_on_it_give_an_adapter_for_the_cpu(chain: Chain) -> None:
-    chain.refine("refined-again")
-    config, samples = f"--config={chain.configs / 'encode.yaml'}", f"--samples={chain.folder / 'refined-again'}"
+    chain.refine("refined")  # done already where the test of it ran
+    config, samples = f"--config={chain.configs / 'encode.yaml'}", f"--samples={chain.folder / 'refined'}"
     assert "1 worker, 1 GPU, bf16" in chain("encode", "latents", config, samples, "--run.workers=1")
     config, latents = f"--config={chain.configs / 'train.yaml'}", f"--latents={chain.folder / 'latents'}"
     few = ["--workers=1", "--max_steps=4", "--batch_size=4", "--tracking.enabled=false"]

@@ -154,6 +154,7 @@ def share(base: str, resolution: int, rounds: int) -> Row:
     side = backbone.resolution // 8
 
     def rate(velocity: Callable[..., object], count: int) -> float:
+        """FLOP a second with a batch of so many."""
         z, t, text = torch.randn(count, 4, side, side), torch.ones(count), torch.randn(count, 77, 768)
         given = [x.to("cuda") for x in (z, t, text)]
         with torch.no_grad():
