@@ -76,7 +76,7 @@ def growth(rows: list[dict[str, float]], group: str) -> float:
     values = np.array([r[group] for r in rows if first < r["rows"] < last])
     quarters = np.array_split(values, 4)
     if min(map(len, quarters)) == 0:
-        return 0.0
+        sys.exit(f"{len(values)} looks are too few to judge by: more --images, or a smaller --every")
     return float(np.median(quarters[3]) / max(1.0, np.median(quarters[1])) - 1)
 
 

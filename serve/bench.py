@@ -29,7 +29,7 @@ from ray.serve.context import _get_global_client
 from rlfseg import images
 from rlfseg.config import BenchConfig, LimitsConfig, ServeConfig
 from rlfseg.errors import ServiceError
-from rlfseg.pipeline import baselines
+from rlfseg.pipeline import random_models
 from rlfseg.pipeline.bench import Row
 from rlfseg.pipeline.stages import connect
 from rlfseg.segmenter import Segmenter
@@ -92,8 +92,8 @@ def measure(config: BenchConfig) -> list[Row]:
     ours = resolved(dataclasses.replace(config.serve, auth=False, host="127.0.0.1", cache_mb=0.0))
     with tempfile.TemporaryDirectory(dir=config.out, prefix="serve-") as made:
         if ours.gpus and ours.models == ServeConfig().models and not config.quick:
-            baselines.write_base(Path(made) / "base")
-            baselines.write_adapter(Path(made) / "adapter", base=Path(made) / "base", resolution=512)
+            random_models.write_base(Path(made) / "base")
+            random_models.write_adapter(Path(made) / "adapter", base=Path(made) / "base", resolution=512)
             ours = dataclasses.replace(ours, models={"sd": str(Path(made, "adapter").absolute())})
         try:
             return _measured(ours, config.seconds)

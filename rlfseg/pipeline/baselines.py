@@ -2,7 +2,7 @@
 
 Nothing here is made slow on purpose: models are loaded once, no gradients are kept where none are needed, weights have
 the type that the device likes. But each does the obvious thing: a phrase after the other, a mask after the other, the
-autoencoder inside the training loop, both losses in full.
+autoencoder inside the training loop, both losses in full. They share no line with rlfseg.
 """
 
 from __future__ import annotations
@@ -15,70 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
 from peft import LoraConfig
-from segment_anything import SamPredictor, sam_model_registry
+from segment_anything import SamPredictor
 from segment_anything.modeling import Sam
 from sklearn.cluster import KMeans
 from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import functional as vision
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from rlfseg import adapter
-from rlfseg.backbone import Backbone
-from rlfseg.config import ASSETS, BackboneConfig
-from rlfseg.config import LoraConfig as OurLoraConfig
+from transformers import CLIPTextModel, CLIPTokenizer
 
 Image = NDArray[np.uint8]
 Mask = NDArray[np.uint8]
-
-
-def write_base(folder: Path) -> None:
-    """Writes a base of SD v1.5's size with random weights, and in `tiny` an AutoencoderTiny of TAESD's."""
-    torch.manual_seed(0)
-    down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    widths = (128, 256, 512, 512)
-    parts: dict[str, Any] = {
-        "unet": UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        "vae": AutoencoderKL(
-            down_block_types=down, up_block_types=up, block_out_channels=widths, layers_per_block=2, sample_size=512
-        ),
-        "tiny": AutoencoderTiny(),
-        "text_encoder": CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)
-        ),
-    }
-    for name, part in parts.items():
-        part.half().save_pretrained(folder / name)
-    # The words don't matter; SD's own tokenizer would have to be downloaded
-    CLIPTokenizer.from_pretrained(ASSETS / "base" / "tokenizer", model_max_length=77).save_pretrained(
-        folder / "tokenizer"
-    )
-
-
-def write_adapter(folder: Path, *, base: Path, resolution: int) -> None:
-    """An adapter as of a training, with random weights: `adapter.load` refuses one that changes nothing.
-
-    Args:
-        folder: Made where it is missing.
-        base: A diffusers folder.
-        resolution: Side of the squares that it takes, in pixels.
-    """
-    where = str(base.absolute())
-    backbone = Backbone.load(BackboneConfig(base=where, resolution=resolution, device="cpu"))
-    backbone.add_lora(OurLoraConfig(rank=64))
-    for weight in backbone.trainable():
-        torch.nn.init.normal_(weight, std=1e-3)
-    adapter.save(backbone, folder, adapter.Card(base=where, resolution=resolution))
-
-
-def random_sam(name: str) -> Sam:
-    """An official architecture (`vit_b`, `vit_l`, `vit_h`) with random weights."""
-    torch.manual_seed(0)
-    sam: Sam = sam_model_registry[name]()
-    return sam
 
 
 class Pipeline:

@@ -1,7 +1,7 @@
 """Bench: what rlfseg's ways cost against the plain ones, as ratios in one run on one machine.
 
-A suite is a module with a function `measure(config)` that gives rows as they are measured: `bench_NAME` beside this
-one, or `serve/bench.py`.
+A suite is a module with a function `measure(config)` that gives rows, each as soon as it is known: `bench_NAME` beside
+this one, or `serve/bench.py`.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ SIDE = 512
 PHRASES = 4  # of a picture; PhraseCut has 4.5
 SETS = {"all": 8, "half": 4, "eighth": 1}  # of samples, and how many of the shards
 SHARDS = SETS["all"]
-LOADERS = 3  # a loader waits for the store and for its next task: one more than cores
+LOADERS = 3  # a loader waits for the store and for its next task: one more than the two cores it was chosen on
 RUN = WorkersConfig(loaders=LOADERS, batch_size=8)
 PASSES = 3  # over the files in one reading: Ray Data needs a second before more than one loader runs
 MEASURED = 10  # samples for the measures
@@ -48,21 +48,22 @@ Figures = tuple[float, float, float]  # best mIoU, its threshold, AP
 Pair = tuple[NDArray[np.float32], NDArray[np.uint8]]
 
 
-def measure(config: BenchConfig) -> list[Row]:
+def measure(config: BenchConfig) -> Iterator[Row]:
     """All rows of the suite.
 
     Args:
         config: Settings of the command.
 
-    Returns:
+    Yields:
         Rows in the order in which they are shown.
     """
-    rows = measures([scored(n) for n in range(MEASURED)], config.rounds)
+    yield from measures([scored(n) for n in range(MEASURED)], config.rounds)
     with tempfile.TemporaryDirectory(dir=config.out, prefix="data-") as made:
         folder = Path(made)
         write_sets(folder, config.images)
         connect()
-        return [*rows, reading(folder, config.rounds), memory(folder)]
+        yield reading(folder, config.rounds)
+        yield memory(folder)
 
 
 # --- the measures ----------------------------------------------------------------------------------------------------

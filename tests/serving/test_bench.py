@@ -19,7 +19,7 @@ import pytest
 from rlfseg.config import ASSETS, BenchConfig, ServeConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import ServiceError
-from rlfseg.pipeline import baselines
+from rlfseg.pipeline import random_models
 from rlfseg.segmenter import Segmenter
 from serve import bench
 from serve.bench import Load, load, measure
@@ -95,8 +95,8 @@ def test_on_a_gpu_a_large_model_is_served_unless_one_is_named(
     served: list[ServeConfig] = []
     monkeypatch.setattr(bench, "resolved", lambda config: replace(config, gpus=1.0))
     monkeypatch.setattr(bench, "_measured", lambda config, seconds: served.append(config) or [])
-    monkeypatch.setattr(baselines, "write_base", lambda folder: shutil.copytree(ASSETS / "base", folder))
-    monkeypatch.setattr(baselines, "write_adapter", partial(_write_small, baselines.write_adapter))
+    monkeypatch.setattr(random_models, "write_base", lambda folder: shutil.copytree(ASSETS / "base", folder))
+    monkeypatch.setattr(random_models, "write_adapter", partial(_write_small, random_models.write_adapter))
     for models, name in (({"tiny": "tiny"}, "sd"), ({"mine": "tiny"}, "mine")):
         measure(BenchConfig(what=("serve",), out=str(tmp_path), serve=ServeConfig(models=models)))
         assert list(served[-1].models) == [name]
