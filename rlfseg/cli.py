@@ -197,7 +197,8 @@ def main(name: str, arguments: Sequence[str] | None = None) -> int:
         arguments: The rest of the line; None: of this process.
 
     Returns:
-        Exit code: 0 done; 1 failed, with the cause in one line; 2 wrong settings; 3 done, but samples were refused.
+        Exit code: 0 done; 1 failed, with the cause in one line; 2 wrong settings; 3 done, but samples were refused;
+        130 stopped from the keyboard; of `submit` the job's own.
     """
     command = COMMANDS[name]
     try:
@@ -234,10 +235,11 @@ def parse(name: str, arguments: list[str]) -> Any:
     Raises:
         ConfigError: A value is out of range: one line with field, value and what is allowed.
     """
-    parsed = parser(name).parse_args(arguments)
+    own = parser(name)
+    parsed = own.parse_args(arguments)
     parsed.pop("config", None)
     try:
-        return COMMANDS[name].settings(**parser(name).instantiate(parsed).as_dict())
+        return COMMANDS[name].settings(**own.instantiate(parsed).as_dict())
     except ValidationError as error:
         raise ConfigError("; ".join(_field_error(e) for e in error.errors())) from error
 

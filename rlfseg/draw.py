@@ -43,6 +43,7 @@ PALETTE: tuple[Colour, ...] = (
 PAPER: Colour = (255, 255, 255)
 INK: Colour = (32, 32, 36)
 FAINT: Colour = (120, 120, 128)
+OPACITY = 0.42  # of a mask's colour, inside
 MIN_SIDE = 384  # pixels of the picture's width below which it is enlarged
 MAX_HEIGHT = 2048  # to which a picture is enlarged at most
 FONT_SIZE = 15
@@ -64,8 +65,6 @@ def overlay(
     captions: Sequence[str],
     *,
     notes: Sequence[str] = (),
-    opacity: float = 0.42,
-    min_width: int = MIN_SIDE,
 ) -> Picture:
     """Masks over their image, each tinted and outlined in its phrase's colour, above a legend.
 
@@ -77,23 +76,21 @@ def overlay(
         masks: uint8 {0, 1} [H, W], one a phrase.
         captions: The phrases.
         notes: A remark behind each phrase in the legend, such as a score; empty: none.
-        opacity: Share of the colour inside a mask, 0 to 1.
-        min_width: Least width of the result in pixels.
 
     Returns:
         uint8 RGB [H', W', 3]: the enlarged image and the legend below it.
     """
-    factor = max(1, min(-(-min_width // image.shape[1]), MAX_HEIGHT // image.shape[0]))
+    factor = max(1, min(-(-MIN_SIDE // image.shape[1]), MAX_HEIGHT // image.shape[0]))
     canvas = _enlarge(image, factor)
     inside = [np.kron(mask > 0, np.ones((factor, factor), dtype=bool)) for mask in masks]
     for i, tint in enumerate(_share_out(inside, BAND)):
-        canvas[tint] = (1 - opacity) * canvas[tint] + opacity * np.array(colour(i))
+        canvas[tint] = (1 - OPACITY) * canvas[tint] + OPACITY * np.array(colour(i))
     for mask in inside:
         # A dark line around each object makes its outline stand out from any ground.
         canvas[_grown(mask) & ~mask] *= 0.35
     for i, line in enumerate(_share_out([mask & ~_shrunk(mask) for mask in inside], BAND)):
         canvas[line] = colour(i)
-    margin = max(0, min_width - canvas.shape[1])  # beside a picture that is tall and narrow
+    margin = max(0, MIN_SIDE - canvas.shape[1])  # beside a picture that is tall and narrow
     picture = np.pad(canvas.round().astype(np.uint8), ((0, 0), (0, margin), (0, 0)), constant_values=255)
     return np.concatenate([picture, legend(captions, picture.shape[1], notes=notes)])
 
@@ -174,7 +171,6 @@ def curves(
     title: str = "",
     x: str = "step",
     y: str = "",
-    log: bool = False,
     marks: Mapping[str, tuple[float, float]] | None = None,
 ) -> Path:
     """Writes curves as a PNG.
@@ -185,7 +181,6 @@ def curves(
         title: Heading.
         x: Label of the x axis.
         y: Label of the y axis.
-        log: Logarithmic y axis.
         marks: Name of a curve to a point (x, y) that is circled in its colour.
 
     Returns:
@@ -205,8 +200,6 @@ def curves(
                 *(marks or {})[name], marker="o", markersize=9, markerfacecolor="none", markeredgecolor=_unit(colour(i))
             )
     axes.set(title=title, xlabel=x, ylabel=y)
-    if log:
-        axes.set_yscale("log")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(y=0.12)

@@ -33,8 +33,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from rlfseg.config import TrackingConfig, flatten
 from rlfseg.errors import ConfigError, ModelError
-from rlfseg.outbox import Away, Number, Outbox, Refused
-from rlfseg.outbox import metric_name as metric_name
+from rlfseg.outbox import Away, Number, Outbox, Refused, metric_name
 
 PARENT = "mlflow.parentRunId"  # MLflow's own: nests the run in its pages
 TRAINING_RUN = "rlfseg.training_run"  # the same id under a name that people can search for
@@ -319,7 +318,7 @@ def _line(error: BaseException) -> str:
 
 
 def log_model_folder(
-    run: Run, folder: Path, code: Path = PYFUNC, *, name: str = "rlfseg", code_paths: Sequence[Path] = (PYFUNC.parent,)
+    run: Run, folder: Path, code: Path = PYFUNC, *, code_paths: Sequence[Path] = (PYFUNC.parent,)
 ) -> str | None:
     """Logs an adapter folder as an MLflow model, from code and without network; `mlflow.pyfunc.load_model` serves it.
 
@@ -328,7 +327,6 @@ def log_model_folder(
         folder: Adapter folder; the code finds it as `context.artifacts["adapter"]`.
         code: A Python file that sets a model and names its SIGNATURE, an EXAMPLE of its input, and the PACKAGES that it
             needs; their versions here (2.14.1+cpu as 2.14.1) are its requirements.
-        name: Name of the model in MLflow.
         code_paths: Packages to ship inside the model: rlfseg comes from no index that a server could ask.
 
     Returns:
@@ -340,7 +338,9 @@ def log_model_folder(
     try:
         with _answers(), tempfile.TemporaryDirectory() as temporary:
             client = MlflowClient(run.uri, run.uri)
-            entry = client.create_logged_model(client.get_run(run.id).info.experiment_id, name, source_run_id=run.id)
+            entry = client.create_logged_model(
+                client.get_run(run.id).info.experiment_id, "rlfseg", source_run_id=run.id
+            )
             mlflow.pyfunc.save_model(
                 path=f"{temporary}/model",
                 python_model=str(code),

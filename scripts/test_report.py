@@ -43,10 +43,11 @@ def page(results: list[Path]) -> str:
         if status != "passed" or seconds >= LONG or "/drills/" in file:
             lines.append(f"| `{file}` | `{name}` | {status} | {seconds:.0f} | {version} | {why} |")
     total = sum(counts.values(), Counter())
+    what = "`make test-all`" if len(results) == 1 else "In parts, not all of `make test-all`"
     head = [
         "# All tests",
         "",
-        f"{'`make test-all`' if len(results) == 1 else 'In parts, not all of `make test-all`'}: {', '.join(f'{n} {status}' for status, n in sorted(total.items()))}.",
+        f"{what}: {', '.join(f'{n} {status}' for status, n in sorted(total.items()))}.",
         "",
         *map(ran, suites),
         *(f"- {key}: {value}" for key, value in machine().items()),

@@ -19,7 +19,8 @@ from mlflow.utils.validation import path_not_unique, validate_param_and_metric_n
 from rlfseg import tracking
 from rlfseg.config import TrackingConfig
 from rlfseg.errors import ConfigError, ModelError
-from rlfseg.tracking import Run, metric_name
+from rlfseg.outbox import metric_name
+from rlfseg.tracking import Run
 from tests.tracked import client, log_stand_in, recorded, stand_in, start, steps
 
 

@@ -121,13 +121,6 @@ def draw_scene(index: int, *, split: Split = "train", seed: int = 42, size: int 
     return Scene(image=image, text=text, phrases=tuple(phrases), objects=tuple(objects))
 
 
-def absent_phrase(scene: Scene, rng: np.random.Generator) -> str:
-    """A phrase such as `blue star` that no object of the scene answers to."""
-    present = {f"{o.colour} {o.kind}" for o in scene.objects}
-    absent = [f"{c} {s}" for c in COLOURS for s in SHAPES if f"{c} {s}" not in present]
-    return absent[rng.integers(len(absent))]
-
-
 def coarsen(mask: Mask, rng: np.random.Generator, jitter: float = 0.14) -> Mask:
     """A polygon-like label: 5 to 8 corners around the mask's centre, each the farthest pixel of its sector, jittered.
 

@@ -160,7 +160,7 @@ def share(base: str, resolution: int, rounds: int) -> Row:
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         backbone.velocity(*given(1))
-    flops = counter.get_total_flops()  # of one sample: they grow with the batch exactly
+    flops = float(counter.get_total_flops())  # of one sample: they grow with the batch exactly
 
     def rate(velocity: Callable[..., object], count: int) -> float:
         """FLOP a second with a batch of so many."""

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rlfseg import adapter, draw, images, sampling, tracking
-from rlfseg.config import CalibrateConfig, as_dict
+from rlfseg.config import CalibrateConfig, SamplingConfig, as_dict
 from rlfseg.errors import DataError
 from rlfseg.metrics import THRESHOLDS, Sums, iou_by_threshold, score_histograms, units
+from rlfseg.pipeline.bases import fetch_base
 from rlfseg.pipeline.folders import good_rows, weights, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import LoadSample, askable, open_samples
@@ -23,7 +24,7 @@ from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per
 from rlfseg.segmenter import Segmenter
 
 ONE_STEP = "one step"
-HSS_STEPS = 5  # K of Eq. 8 (A.2)
+HSS_STEPS = SamplingConfig().hss_steps
 SCHEMA = pa.schema([("id", pa.string()), ("status", pa.string()), ("curves", pa.string()), ("phrases", pa.int32())])
 
 
@@ -44,6 +45,7 @@ def run(config: CalibrateConfig) -> Summary:
     samples, out = open_samples(config.samples), Path(config.out).absolute()
     folder = Path(config.adapter).absolute()
     card = adapter.read_card(folder)
+    fetch_base(card)
     settings = as_dict(config)
     connect()
     gpus = gpus_per_worker(config.run, config.device)

@@ -30,17 +30,15 @@ def run(config: InspectConfig) -> Summary:
     """
     start, out = time.monotonic(), Path(config.out).absolute()
     files = shards_of(config.files)
-    contents, good = Contents(), list[Seen]()
-    for found in hdf5.preflight(files):
+    contents, looked_at = Contents(), list(hdf5.preflight(files))
+    for found in looked_at:
         contents.add(found)
-        if isinstance(found, Seen):
-            good.append(found)
     counts = {"files": len(files), **contents.as_dict()}
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "contents.json", counts)
     # What crashed the process that read it isn't opened in this one.
     dead = {problem.file for problem in contents.problems if problem.sample is None}
-    good = [found for found in good if found.file not in dead]
+    good = [found for found in looked_at if isinstance(found, Seen) and found.file not in dead]
     step = max(1, -(-len(good) // max(1, config.pictures)))
     if shown := [_sample(found) for found in good[::step][: config.pictures]]:
         draw.save(out / "contact_sheet.png", contact_sheet(shown))
@@ -48,8 +46,8 @@ def run(config: InspectConfig) -> Summary:
     return Summary(
         name="inspect",
         out=str(out),
-        rows_in=contents.images + len(contents.problems),
-        rows_out=contents.images,
+        rows_in=len(looked_at),
+        rows_out=len(looked_at) - len(contents.problems),
         refused={_name(p.file, p.sample): p.reason for p in contents.problems},
         seconds=time.monotonic() - start,
     )

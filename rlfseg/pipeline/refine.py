@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from rlfseg import refine
+from rlfseg import hdf5, refine
 from rlfseg.config import RefineConfig, as_dict
 from rlfseg.images import rle_encode
 from rlfseg.pipeline.folders import good_rows, weights
@@ -22,15 +22,9 @@ from rlfseg.sam import Embedding, SamModel, find_weights
 
 SCHEMA = pa.schema(
     [
-        ("id", pa.string()),
+        hdf5.INDEX_SCHEMA.field("id"),
         ("status", pa.string()),
-        ("shard", pa.string()),
-        ("height", pa.int32()),
-        ("width", pa.int32()),
-        ("captions", pa.list_(pa.string())),
-        ("n_phrases", pa.int32()),
-        ("coco_id", pa.string()),  # null where the source doesn't tell
-        ("bytes", pa.int64()),
+        *list(hdf5.INDEX_SCHEMA)[1:],
         ("masks", pa.list_(pa.string())),  # COCO RLE counts of the label to use
         ("outcomes", pa.list_(pa.string())),  # `refined`, or `kept: ` and why
         ("rounds", pa.list_(pa.int32())),
@@ -38,7 +32,6 @@ SCHEMA = pa.schema(
         ("sam_iou", pa.list_(pa.float32())),  # SAM's own estimate; null where SAM wasn't asked
     ]
 )
-INDEX_COLUMNS = ("id", "shard", "height", "width", "captions", "n_phrases", "coco_id", "bytes")
 
 
 def run(config: RefineConfig) -> Summary:
@@ -109,7 +102,7 @@ class Refiner:
             guard=c.guard,
             seed=c.seed,
         )
-        return {k: row.get(k) for k in INDEX_COLUMNS} | {
+        return {k: row.get(k) for k in hdf5.INDEX_SCHEMA.names} | {
             "status": OK,
             "masks": [rle_encode(r.mask) for r in refined],
             "outcomes": [r.status for r in refined],

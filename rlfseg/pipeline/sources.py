@@ -24,7 +24,7 @@ from rlfseg.hdf5 import id_hash
 from rlfseg.hub import resolve_base
 from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.pipeline.encode import from_bytes, refined_masks
-from rlfseg.pipeline.folders import fingerprint, require_finished, weights
+from rlfseg.pipeline.folders import fingerprint, identity_of, require_finished, weights
 from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.samples import LoadSample, askable, open_samples
 from rlfseg.training import Batch
@@ -102,7 +102,11 @@ class Latents:
     by_file = True
 
     def __init__(self, folder: Path, config: TrainConfig):
-        encoded = require_finished(folder)["identity"]["backbone"]
+        encoded = identity_of(require_finished(folder), folder).get("backbone")
+        if not isinstance(encoded, dict):
+            raise ConfigError(
+                f"latents: {folder} was not written by `encode`; give such a folder, or this as `samples`"
+            )
         for field in ("base", "resolution"):
             if encoded[field] != (wanted := getattr(config.backbone, field)):
                 raise ConfigError(
