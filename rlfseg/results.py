@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ class Result:
     clipped: bool
     truncated: bool
 
-    @property
+    @cached_property
     def mask(self) -> NDArray[np.uint8]:
         """uint8 {0, 1} [H, W].
 
@@ -52,7 +53,7 @@ class Result:
             raise BadSample("the network gave NaN for this phrase", file="segmenter", sample=self.caption)
         return (self.score > self.threshold).astype(np.uint8)
 
-    @property
+    @cached_property
     def failed(self) -> bool:
         """Whether the network gave NaN."""
         return bool(np.isnan(self.score).any())
@@ -60,7 +61,7 @@ class Result:
     @property
     def confidence(self) -> float:
         """Mean score inside the mask, 0 where it is empty."""
-        inside = self.score[self.mask == 1]
+        inside = self.score[self.mask.view(np.bool_)]
         return float(inside.mean()) if inside.size else 0.0
 
 

@@ -272,6 +272,7 @@ def test_thresholds(segmenter: Segmenter) -> None:
     assert areas[0] > areas[-1] == 0
     result = segmenter(picture(), ["red ring"], threshold=0.2)[0]
     assert result.confidence == pytest.approx(float(result.score[result.score > 0.2].mean()))
+    assert result.mask is result.mask  # compared with the threshold once
     assert segmenter(picture(), ["red ring"], threshold=1.0)[0].confidence == 0
 
 

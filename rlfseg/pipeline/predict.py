@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from rlfseg import adapter, images
 from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, as_dict
@@ -26,7 +27,7 @@ from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.pictures import Asked, find
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
-from rlfseg.results import Result, Square, checked_phrase
+from rlfseg.results import NESTED, Result, checked_phrase
 
 if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks need no networks
     from collections.abc import Callable
@@ -106,7 +107,7 @@ def run(config: PredictConfig) -> Summary:
 
 def _phrases(config: PredictConfig) -> list[str]:
     try:
-        lines = Path(config.phrases_file).read_text(encoding="utf-8").splitlines() if config.phrases_file else []
+        lines = Path(config.phrases_file).read_text(encoding="utf-8-sig").splitlines() if config.phrases_file else []
         return [checked_phrase(p) for p in (*config.phrases, *(line for line in lines if line.strip()))]
     except BadSample as error:
         raise ConfigError(str(error)) from error
@@ -205,46 +206,52 @@ class Finish:
         Raises:
             BadSample: The network gave NaN for every phrase.
         """
-        squares: list[Square] = row["squares"]
-        results = [square.at(row["size"], self.threshold) for square in squares]
-        if results and all(r.failed for r in results):
+        name, phrases = file_name(row["id"]), list[Row]()
+        masks: list[NDArray[np.uint8]] = []  # to be drawn over the picture together
+        for n, square in enumerate(row["squares"]):
+            # One at a time: at the size of a photograph, the scores of all phrases are gigabytes
+            result: Result = square.at(row["size"], self.threshold)
+            phrases.append(_measured(result))
+            if self.png is not None and not result.failed:
+                _save(self.png / name / f"{n:02d}-{file_name(result.caption)}.png", result.mask * 255)
+            if self.overlays is not None and not result.failed:
+                masks.append(result.mask)
+            del result  # before the next one's
+        good = [phrase for phrase in phrases if phrase["mask"] is not None]
+        if phrases and not good:
             raise BadSample("the network gave NaN for every phrase", file="predict", sample=row["id"])
-        masks = [None if r.failed else r.mask for r in results]
-        self._draw(row, results)
-        return {
-            "id": row["id"],
-            "height": row["size"][0],
-            "width": row["size"][1],
-            "captions": [r.caption for r in results],
-            "masks": [None if m is None else images.rle_encode(m) for m in masks],
-            "scores": [None if r.failed else r.confidence for r in results],
-            "areas": [None if m is None else int(m.sum()) for m in masks],
-            "outcomes": [_outcome(r) for r in results],
-        }
-
-    def _draw(self, row: Row, results: list[Result]) -> None:
-        if self.png is None and self.overlays is None:
-            return
-        from rlfseg import draw
-
-        name, good = file_name(row["id"]), [(n, r) for n, r in enumerate(results) if not r.failed]
-        if self.png is not None:
-            for n, r in good:
-                draw.save(self.png / name / f"{n:02d}-{file_name(r.caption)}.png", r.mask * 255)
         if self.overlays is not None:
-            picture = draw.overlay(
-                row["image"],
-                [r.mask for _, r in good],
-                [r.caption for _, r in good],
-                notes=[f"{r.confidence:.2f}" for _, r in good],
-            )
-            draw.save(self.overlays / f"{name}.png", picture)
+            _save(self.overlays / f"{name}.png", _overlay(row["image"], masks, good))
+        place = {"id": row["id"], "height": row["size"][0], "width": row["size"][1]}
+        return place | {column: [phrase[one] for phrase in phrases] for column, one in NESTED.items()}
 
 
-def _outcome(result: Result) -> str:
+def _measured(result: Result) -> Row:
+    """A phrase's part of each list of SCHEMA."""
     if result.failed:
-        return "failed: the network gave NaN"
-    return "ok: the phrase is longer than the text encoder takes and was cut" if result.truncated else OK
+        failed = "failed: the network gave NaN"
+        return {"caption": result.caption, "mask": None, "score": None, "area": None, "outcome": failed}
+    cut = "ok: the phrase is longer than the text encoder takes and was cut"
+    return {
+        "caption": result.caption,
+        "mask": images.rle_encode(result.mask),
+        "score": result.confidence,
+        "area": int(np.count_nonzero(result.mask)),
+        "outcome": cut if result.truncated else OK,
+    }
+
+
+def _overlay(image: NDArray[np.uint8], masks: list[NDArray[np.uint8]], phrases: list[Row]) -> NDArray[np.uint8]:
+    from rlfseg import draw  # with matplotlib: only where something is drawn
+
+    notes = [f"{phrase['score']:.2f}" for phrase in phrases]
+    return draw.overlay(image, masks, [phrase["caption"] for phrase in phrases], notes=notes)
+
+
+def _save(path: Path, picture: NDArray[np.uint8]) -> None:
+    from rlfseg import draw
+
+    draw.save(path, picture)
 
 
 def _report(out: Path, notes: tuple[str, ...], counts: Row) -> Row:
