@@ -71,7 +71,7 @@ class Square:
 
     Attributes:
         caption: The phrase.
-        score: float32 [R, R] in [0, 1]; NaN where the network failed.
+        score: float32 [R, R] in [0, 1], on the CPU; NaN where the network failed.
         gamma: Factor of Eq. 7 or 10 after clipping; 0 without rescaling.
         clipped: Whether gamma ran into its upper limit.
         truncated: Whether the text encoder saw only the beginning of the phrase.
@@ -87,7 +87,7 @@ class Square:
         """The same on a picture of `size` (H, W), with the score above which a pixel is mask."""
         return Result(
             caption=self.caption,
-            score=images.square_to_score(self.score, size).cpu().numpy(),
+            score=images.square_to_score(self.score, size).numpy(),
             threshold=threshold,
             gamma=self.gamma,
             clipped=self.clipped,

@@ -103,7 +103,7 @@ class FastConfig:
     compile: bool = False
     """Compile by `torch.compile`, on a GPU into CUDA graphs; batches are padded to a few sizes. Costs minutes first."""
     max_batch: PositiveInt = 32
-    """Most phrases, of any pictures, in one call of the UNet; bounds memory."""
+    """Most phrases, of any pictures, in one call of the UNet; bounds a GPU's memory, whatever is asked."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

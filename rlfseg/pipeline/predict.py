@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rlfseg import adapter, images
-from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, as_dict
+from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, WorkersConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError
 from rlfseg.pipeline import effective
 from rlfseg.pipeline.bases import fetch_autoencoder, fetch_base
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks nee
 
     from rlfseg.segmenter import Segmenter
 
+SCORES = 2**30  # bytes in the network's frame that a call may give; they go through Ray's object store in one piece
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -72,6 +74,7 @@ def run(config: PredictConfig) -> Summary:
     autoencoder = fetch_autoencoder(config.fast.autoencoder)
     pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
     settings = as_dict(config)
+    workers, notes = _fitting(config.run, _most_phrases(pictures.rows, phrases), card.resolution)
     connect()
     gpus = gpus_per_worker(config.run, config.device)
     return run_stage(
@@ -93,16 +96,33 @@ def run(config: PredictConfig) -> Summary:
             ),
             schema=SCHEMA,
             out=out,
-            run=config.run,
+            run=workers,
             gpus=gpus,
             arithmetic=arithmetic("auto", gpus),
             identity={k: settings[k] for k in ("images", "sampling", "threshold", "pixels", "png", "overlays")}
             | {"phrases": phrases, "pictures": pictures.fingerprint, "adapter": adapter.version(folder)}
             | {"autoencoder": autoencoder},
             on_error=config.on_error,
-            finalize=partial(_report, out, config.sampling.idle),
+            finalize=partial(_report, out, (*config.sampling.idle, *notes)),
         )
     )
+
+
+def _most_phrases(rows: pa.Table, phrases: list[str]) -> int:
+    """Of a picture; HDF5 files tell only later how many captions of their own they have, which are few."""
+    if "captions" not in rows.column_names:
+        return len(phrases)
+    return int(pc.max(pc.list_value_length(rows["captions"])).as_py())
+
+
+def _fitting(run: WorkersConfig, phrases: int, resolution: int) -> tuple[WorkersConfig, tuple[str, ...]]:
+    """With fewer pictures a call where the scores of so many phrases of each are too large, and a line that says so."""
+    each = 4 * max(phrases, 1) * resolution**2
+    fit = max(1, min(run.batch_size, SCORES // each))
+    if fit == run.batch_size:
+        return run, ()
+    told = f"{run.batch_size} pictures with {phrases} phrases have {run.batch_size * each / 2**30:.1f} GiB of scores"
+    return replace(run, batch_size=fit), (f"run.batch_size: {fit} is taken: {told}",)
 
 
 def _phrases(config: PredictConfig) -> list[str]:
@@ -177,9 +197,7 @@ class Predictor:
 
         z1 = self.segmenter.encode_squares(torch.from_numpy(np.stack([row.pop("square") for row in rows])))
         found = self.segmenter.squares(z1, [row["captions"] for row in rows], sampling=self.sampling)
-        # A slice of the batch's scores would be sent with all of them
-        own = [[replace(s, score=s.score.cpu().clone()) for s in squares] for squares in found]
-        return [row | {"status": OK, "squares": squares} for row, squares in zip(rows, own, strict=True)]
+        return [row | {"status": OK, "squares": squares} for row, squares in zip(rows, found, strict=True)]
 
 
 class Finish:

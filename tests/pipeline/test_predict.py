@@ -10,15 +10,16 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
 from rlfseg import images
-from rlfseg.config import PredictConfig, SamplingConfig
+from rlfseg.config import PredictConfig, SamplingConfig, WorkersConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import BadSample, ConfigError
-from rlfseg.pipeline.predict import Finish, Load, Predictor, _phrases
+from rlfseg.pipeline.predict import Finish, Load, Predictor, _fitting, _most_phrases, _phrases
 from rlfseg.pipeline.rows import Row, RowByRow, Rows
 from rlfseg.results import Result, Square
 from rlfseg.segmenter import Segmenter
@@ -80,6 +81,32 @@ def test_what_is_sent_on_is_no_larger_than_the_scores(segmenter: Segmenter) -> N
     [row] = Predictor(segmenter=segmenter)(loaded)
     scores = 5 * 64 * 64 * 4
     assert scores < len(pickle.dumps(row)) < scores + 5000
+
+
+@pytest.mark.parametrize(
+    ("batch", "phrases", "side", "fit"),
+    [
+        (8, 80, 512, 8),
+        (8, 128, 512, 8),
+        (8, 129, 512, 7),
+        (8, 1203, 512, 1),
+        (8, 1203, 64, 8),
+        (1, 9999, 512, 1),
+        (4, 0, 512, 4),
+    ],
+)
+def test_a_call_takes_fewer_pictures_of_very_many_phrases(batch: int, phrases: int, side: int, fit: int) -> None:
+    workers, notes = _fitting(WorkersConfig(workers=3, batch_size=batch), phrases, side)
+    assert (workers.workers, workers.batch_size) == (3, fit)
+    assert [n[:17] for n in notes] == ([f"run.batch_size: {fit}"] if fit < batch else [])
+    if phrases == 1203 and fit == 1:
+        assert "8 pictures with 1203 phrases have 9.4 GiB" in notes[0]
+
+
+def test_each_picture_may_have_phrases_of_its_own() -> None:
+    own = pa.table({"id": ["a", "b", "c"], "captions": [["x"], ["x", "y", "z"], []]})
+    assert _most_phrases(own, ["x"]) == 3
+    assert _most_phrases(own.select(["id"]), ["x"]) == 1
 
 
 # --- failures ------------------------------------------------------------------------------------------------------
