@@ -8,8 +8,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 from pydantic.dataclasses import dataclass
+from pydantic_core import PydanticCustomError
 
 STRICT = ConfigDict(extra="forbid")
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -17,6 +18,16 @@ Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Ratio = Annotated[float, Field(ge=1)]
+
+
+def _local(folder: str) -> str:
+    """Refuses what `Path` would take for a folder of that name here."""
+    if "://" in folder:
+        raise PydanticCustomError("url", "a URL; give a local or mounted folder")
+    return folder
+
+
+OutFolder = Annotated[str, AfterValidator(_local)]
 
 ASSETS = Path(__file__).parents[1] / "assets"  # the drawn world's weights
 SD_V15 = "hf:stable-diffusion-v1-5/stable-diffusion-v1-5"
