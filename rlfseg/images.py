@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 
 MAX_PIXELS = 64_000_000
+BAND = 2**22  # pixels of a picture that are floats at a time
+TALL = 2**16  # rows; no JPEG has more
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"}
 )
@@ -194,20 +196,17 @@ def to_binary(array: NDArray[Any], *, file: str, sample: str | None = None) -> N
 
 
 def image_to_tensor(image: UInt8[np.ndarray, "H W 3"], resolution: int) -> Float[Tensor, "3 R R"]:
-    """A picture in the network's frame: stretched to the square, bilinear with antialiasing.
-
-    Args:
-        image: uint8 RGB [H, W, 3].
-        resolution: R, in pixels.
-
-    Returns:
-        float32 [3, R, R] in [-1, 1].
-    """
+    """A picture, uint8 RGB [H, W, 3], stretched to the network's square: float32 [3, R, R] in [-1, 1]."""
     import torch
 
-    # a copy: torch takes no arrays with steps backwards, and warns of those that are read-only, as Pillow's are
-    pixels = torch.from_numpy(np.array(image, order="C")).permute(2, 0, 1).float()
-    return _stretch(pixels, (resolution, resolution)) / 127.5 - 1
+    if len(image) > TALL:  # torch goes along the rows first: to R pixels each, so many would fill the memory
+        return image_to_tensor(image.transpose(1, 0, 2), resolution).transpose(1, 2).contiguous()
+    rows, wide = max(1, BAND // image.shape[1]), []
+    for y in range(0, len(image), rows):
+        # a copy: torch takes no arrays with steps backwards, and warns of those that are read-only, as Pillow's are
+        band = torch.from_numpy(np.array(image[y : y + rows], order="C")).permute(2, 0, 1).float()
+        wide.append(_stretch(band, (band.shape[1], resolution)))
+    return _stretch(torch.cat(wide, dim=1), (resolution, resolution)) / 127.5 - 1
 
 
 def mask_to_tensor(mask: UInt8[np.ndarray, "H W"], resolution: int) -> Float[Tensor, "3 R R"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +42,7 @@ class Result:
     clipped: bool
     truncated: bool
 
-    @property
+    @cached_property
     def mask(self) -> NDArray[np.uint8]:
         """uint8 {0, 1} [H, W].
 
@@ -52,7 +53,7 @@ class Result:
             raise BadSample("the network gave NaN for this phrase", file="segmenter", sample=self.caption)
         return (self.score > self.threshold).astype(np.uint8)
 
-    @property
+    @cached_property
     def failed(self) -> bool:
         """Whether the network gave NaN."""
         return bool(np.isnan(self.score).any())
@@ -60,7 +61,7 @@ class Result:
     @property
     def confidence(self) -> float:
         """Mean score inside the mask, 0 where it is empty."""
-        inside = self.score[self.mask == 1]
+        inside = self.score[self.mask.view(np.bool_)]
         return float(inside.mean()) if inside.size else 0.0
 
 
@@ -70,7 +71,7 @@ class Square:
 
     Attributes:
         caption: The phrase.
-        score: float32 [R, R] in [0, 1]; NaN where the network failed.
+        score: float32 [R, R] in [0, 1], on the CPU; NaN where the network failed.
         gamma: Factor of Eq. 7 or 10 after clipping; 0 without rescaling.
         clipped: Whether gamma ran into its upper limit.
         truncated: Whether the text encoder saw only the beginning of the phrase.
@@ -86,7 +87,7 @@ class Square:
         """The same on a picture of `size` (H, W), with the score above which a pixel is mask."""
         return Result(
             caption=self.caption,
-            score=images.square_to_score(self.score, size).cpu().numpy(),
+            score=images.square_to_score(self.score, size).numpy(),
             threshold=threshold,
             gamma=self.gamma,
             clipped=self.clipped,

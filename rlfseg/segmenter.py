@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Segmenter:
     Args:
         backbone: With or without an adapter.
         card: Its card.
-        max_batch: Most phrases in one UNet call, and pictures in one encoding; bounds memory.
+        max_batch: Most phrases in one UNet call, and pictures in one encoding; bounds a GPU's memory.
         compile: Compile both; see `few_shapes`.
     """
 
@@ -150,7 +151,7 @@ class Segmenter:
             sampling: Steps, AOS or HSS; default: one step.
 
         Returns:
-            For each picture a square a phrase, on the backbone's device.
+            For each picture a square a phrase: on the CPU, in memory of its own.
         """
         config = sampling or SamplingConfig()
         owners = [i for i, own in enumerate(phrases) for _ in own]
@@ -158,14 +159,31 @@ class Segmenter:
         found: list[list[Square]] = [[] for _ in phrases]
         parts = [slice(n, n + self.max_batch) for n in range(0, len(flat), self.max_batch)]
         z_black = self.backbone.black() if config.rescale == "aos" else None
-        # All are queued on the GPU before the first is looked at
-        done = [self._step(z1[owners[part]], self.backbone.text(flat[part]), z_black, config) for part in parts]
-        for part, (scores, gamma, clipped) in zip(parts, done, strict=True):
+        index = torch.tensor(owners, dtype=torch.long, device=z1.device)  # once: a copy to a GPU waits for its queue
+        calls = (self._queued(z1[index[part]], self.backbone.text(flat[part]), z_black, config) for part in parts)
+        # The next call is queued on the GPU before one is waited for; after the last there is nothing to queue
+        for part, (wait, _) in zip(parts, pairwise(chain(calls, [list[Tensor]])), strict=True):
+            scores, gamma, clipped = wait()
             numbers = zip(gamma.tolist(), clipped.tolist(), strict=True)
             for owner, caption, score, (g, c) in zip(owners[part], flat[part], scores, numbers, strict=True):
                 long = self.backbone.too_long(caption)
-                found[owner].append(Square(caption=caption, score=score, gamma=g, clipped=c, truncated=long))
+                # A copy of its own: a slice would take its whole batch along to another process
+                found[owner].append(Square(caption=caption, score=score.clone(), gamma=g, clipped=c, truncated=long))
         return found
+
+    def _queued(self, *inputs: Any) -> Callable[[], list[Tensor]]:
+        """Queues a call of the network, and what brings its results to the CPU; gives what waits for them."""
+        done = [x.to("cpu", non_blocking=True) for x in self._step(*inputs)]
+        if self.backbone.device == "cpu":
+            return lambda: done
+        event = torch.cuda.Event()  # not the whole queue: the next call will be in it
+        event.record()
+
+        def wait() -> list[Tensor]:
+            event.synchronize()
+            return done
+
+        return wait
 
     def encode(self, pictures: Sequence[NDArray[np.uint8]]) -> Float[Tensor, "I C h w"]:
         """Latents z1 of pictures of any sizes."""

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -95,8 +95,6 @@ class Engine:
         z1, known = self._encode(loaded.segmenter, asks)
         encoded = time.perf_counter()
         squares = loaded.segmenter.squares(z1, [ask.phrases for ask in asks], sampling=asks[0].sampling)
-        # A copy of its own: a slice would take its whole batch along to the other process
-        on_cpu = [[replace(s, score=s.score.cpu().clone()) for s in own] for own in squares]
         end = time.perf_counter()
         return [
             Answer(
@@ -108,7 +106,7 @@ class Engine:
                 encode_ms=1000 * (encoded - start) if not cached else 0.0,
                 network_ms=1000 * (end - encoded),
             )
-            for own, cached in zip(on_cpu, known, strict=True)
+            for own, cached in zip(squares, known, strict=True)
         ]
 
     def _encode(self, segmenter: Segmenter, asks: list[Ask]) -> tuple[Tensor, list[bool]]:

@@ -11,6 +11,7 @@ import pytest
 
 from rlfseg import cli
 from rlfseg.cli import COMMANDS
+from rlfseg.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +29,18 @@ def test_help_teaches_and_its_example_is_taken(name: str) -> None:
     assert words[:2] == ["rlfseg", name]
     settings = cli.parse(name, words[2:])
     assert type(settings) is command.settings
+
+
+@pytest.mark.parametrize("name", [n for n, c in COMMANDS.items() if "out" in c.settings.__dataclass_fields__])
+def test_a_url_is_no_folder_to_write_to(name: str) -> None:
+    words = shlex.split(COMMANDS[name].example)[2:]
+    with pytest.raises(ConfigError, match=r"^out: 's3://bucket/x': a URL; give a local or mounted folder$"):
+        cli.parse(name, [*words, "--out=s3://bucket/x"])
+
+
+def test_checkpoints_and_pictures_may_be_at_a_url() -> None:
+    assert cli.parse("train", ["--out=a", "--storage=s3://bucket/x"]).storage == "s3://bucket/x"
+    assert cli.parse("predict", ["--out=a", "--images=s3://bucket/x"]).images == "s3://bucket/x"
 
 
 def test_every_command_is_a_job_and_every_job_a_command(root: Path) -> None:

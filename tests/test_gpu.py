@@ -60,6 +60,19 @@ def test_cuda_graphs_give_the_same_masks(dtype: str) -> None:
         assert difference(slow, fast) < ROUNDING[dtype]
 
 
+def test_scores_of_many_phrases_do_not_pile_up_on_it() -> None:
+    segmenter = Segmenter.load("tiny", device="cuda", fast=FastConfig(max_batch=4))
+    z1, peaks = segmenter.encode(PICTURES[:1]), list[int]()
+    for phrases in (40, 40, 4000):  # the first time fills caches
+        torch.cuda.reset_peak_memory_stats()
+        [squares] = segmenter.squares(z1, [["red ring"] * phrases])
+        peaks.append(torch.cuda.max_memory_allocated())
+        assert {s.score.device.type for s in squares} == {"cpu"}
+        worst = max(float((s.score - squares[0].score).abs().max()) for s in squares)  # of a copy that isn't there yet
+        assert worst < ROUNDING["bf16"]
+    assert peaks[2] - peaks[1] < 2**20  # of 64 MiB
+
+
 @pytest.mark.parametrize(("dtype", "rounding"), [("fp32", 0.01), ("bf16", 0.05)])
 def test_a_training_step_is_that_of_the_cpu_but_for_rounding(dtype: str, rounding: float) -> None:
     here, there = make(), make(backbone=replace(TINY, device="cuda", dtype=dtype))

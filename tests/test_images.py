@@ -297,6 +297,32 @@ def test_a_picture_reaches_the_network_in_range() -> None:
     assert edges.min() == edges.max() == -1
 
 
+@pytest.mark.parametrize("size", [(37, 53), (1, 40), (301, 7), (90, 200)])
+def test_a_picture_in_bands_is_the_picture_in_one(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (*size, 3), dtype=np.uint8)
+    whole = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    for side in (16, 64):
+        truth = torch.nn.functional.interpolate(whole, size=(side, side), mode="bilinear", antialias=True)[0]
+        for band in (1, 1000, 2**22):
+            monkeypatch.setattr(images, "BAND", band)
+            assert torch.equal(images.image_to_tensor(image, side), truth / 127.5 - 1)  # to the bit
+
+
+def test_a_large_picture_is_never_floats_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    stretched, sizes = images._stretch, list[int]()
+    monkeypatch.setattr(images, "_stretch", lambda p, size: (sizes.append(p.numel()), stretched(p, size))[1])
+    images.image_to_tensor(np.zeros((4000, 5000, 3), np.uint8), 512)
+    assert max(sizes) <= 3 * 2**22
+
+
+def test_a_picture_of_millions_of_rows_fills_no_memory() -> None:
+    image = np.repeat(np.arange(256, dtype=np.uint8), 16_000).reshape(-1, 1, 1).repeat(3, axis=2)
+    tensor = images.image_to_tensor(image, 512)  # rows first, it would be 25 GB
+    truth = torch.linspace(-1, 1, 512)[None, :, None].expand(3, 512, 512)
+    torch.testing.assert_close(tensor, truth, rtol=0, atol=0.02)
+    assert tensor.is_contiguous()
+
+
 @pytest.mark.fault("raster-09")
 def test_a_resized_mask_has_two_values() -> None:
     tensor = images.mask_to_tensor(images.load_mask(encoded(Image.fromarray(eye() * 255), "PNG"), name="x"), 16)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import io
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,24 @@ def test_a_mixed_batch_equals_one_by_one(segmenter: Segmenter) -> None:
         alone = np.concatenate([scores(segmenter(image, [phrase])) for phrase in own])
         np.testing.assert_allclose(scores(results), alone, atol=1e-3)
         np.testing.assert_allclose(scores(in_parts), alone, atol=1e-3)
+
+
+def test_scores_do_not_pile_up_where_they_are_computed(segmenter: Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = Segmenter(segmenter.backbone, segmenter.card, max_batch=2)
+    step, batches, most = few._step, list[weakref.ref[torch.Tensor]](), 0
+
+    def watched(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        nonlocal most
+        done = step(*inputs)
+        batches.append(weakref.ref(done[0]))
+        most = max(most, sum(batch() is not None for batch in batches))
+        return done
+
+    monkeypatch.setattr(few, "_step", watched)
+    [squares] = few.squares(few.encode([picture()]), [PHRASES * 7])
+    assert len(batches) == 11
+    assert most <= 3  # what is taken apart, what is waited for, what is queued
+    assert {s.score.untyped_storage().nbytes() for s in squares} == {64 * 64 * 4}
 
 
 def test_no_phrases_no_results(segmenter: Segmenter) -> None:
@@ -272,6 +291,7 @@ def test_thresholds(segmenter: Segmenter) -> None:
     assert areas[0] > areas[-1] == 0
     result = segmenter(picture(), ["red ring"], threshold=0.2)[0]
     assert result.confidence == pytest.approx(float(result.score[result.score > 0.2].mean()))
+    assert result.mask is result.mask  # compared with the threshold once
     assert segmenter(picture(), ["red ring"], threshold=1.0)[0].confidence == 0
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from rlfseg.config.parts import STRICT, Positive, PositiveInt, TrackingConfig
+from rlfseg.config.parts import STRICT, OutFolder, Positive, PositiveInt, TrackingConfig
 from rlfseg.config.serving import ServeConfig
 
 
@@ -18,7 +18,7 @@ class BenchConfig:
     what: tuple[Literal["data", "model", "stages", "sd", "serve"], ...] = ()
     """`data`: measures, reading and evaluation; `model`: inference, training, selection, refinement; `stages`: Ray Data
     against a loop; `sd`: what SD v1.5's full size costs; `serve`: the service under load. None: all of them."""
-    out: str = "runs/bench"
+    out: OutFolder = "runs/bench"
     """Folder to write bench.json and machine.json to, and files of the run; older ones are replaced."""
     images: PositiveInt = 1000
     """For `data`: pictures of 512 x 512 with 4 masks each; all are read, half are evaluated. 0.8 MB of disk each."""

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from rlfseg.config.parts import STRICT, Natural, PositiveInt, WorkersConfig
+from rlfseg.config.parts import STRICT, Natural, OutFolder, PositiveInt, WorkersConfig
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class ShapesConfig:
 class PrepareConfig:
     """Writes a data set as HDF5 shards in the paper's layout (A.3.2), with an index."""
 
-    out: str
+    out: OutFolder
     """Folder to write shards and index to."""
     source: Literal["shapes", "folder", "phrasecut", "refer", "grefcoco", "coco", "cocostuff", "labelme", "hdf5"] = (
         "shapes"
@@ -65,7 +65,7 @@ class InspectConfig:
 
     files: tuple[str, ...]
     """HDF5 files, or folders that hold some."""
-    out: str = "runs/inspect"
+    out: OutFolder = "runs/inspect"
     """Folder to write contents.json and contact_sheet.png to; older ones are replaced."""
     pictures: Natural = 12
     """Samples on the contact sheet, evenly spread over the files."""
@@ -87,7 +87,7 @@ class AuditConfig:
     """Folder written by `prepare`, or a folder of pictures: the set whose images are to be excluded."""
     test: str
     """The same: the set that should hold nothing of it."""
-    out: str
+    out: OutFolder
     """Folder to write audit.json, exclude_ids.txt and pairs.png to."""
     distance: Annotated[int, Field(ge=0, le=64)] = 10
     """Most bits of 64 in which the hashes of two images differ that are looked at again. Ours: docs/files.md."""

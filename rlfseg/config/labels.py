@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from rlfseg.config.parts import STRICT, BackboneConfig, Fraction, Natural, PositiveInt, Ratio, WorkersConfig
+from rlfseg.config.parts import STRICT, BackboneConfig, Fraction, Natural, OutFolder, PositiveInt, Ratio, WorkersConfig
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
@@ -42,7 +42,7 @@ class RefineConfig:
 
     samples: str
     """Folder written by `prepare`."""
-    out: str
+    out: OutFolder
     """Folder to write refined masks to."""
     sam: SamConfig = Field(default_factory=SamConfig)
     """The SAM to use."""
@@ -68,7 +68,7 @@ class EncodeConfig:
 
     samples: str
     """Folder written by `prepare`, or by `refine` for original and refined labels."""
-    out: str
+    out: OutFolder
     """Folder to write latents to."""
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     """The model whose autoencoder encodes."""

@@ -12,6 +12,7 @@ from rlfseg.config.parts import (
     FastConfig,
     Fraction,
     Natural,
+    OutFolder,
     Positive,
     PositiveInt,
     SamplingConfig,
@@ -28,7 +29,7 @@ class CalibrateConfig:
     """Adapter folder; calibration is written into it."""
     samples: str
     """Folder written by `prepare`: a validation split, never the test split."""
-    out: str
+    out: OutFolder
     """Folder to write the search's results to."""
     eps: Annotated[tuple[Positive, ...], Field(min_length=1)] = (0.05, 0.1, 0.2, 0.4, 0.8)
     """Values to try; at least one."""
@@ -50,7 +51,7 @@ class EvaluateConfig:
 
     samples: str
     """Folder written by `prepare`, with the true masks."""
-    out: str
+    out: OutFolder
     """Folder to write results.json, results.md, curves and overlays to."""
     adapter: str | None = None
     """Adapter to measure: `tiny`, a folder, `hf:owner/name@revision`, `models:/...` or `runs:/...`."""
@@ -105,7 +106,7 @@ class PredictConfig:
     images: str
     """Pictures, Parquet files (`path`, or `image` with bytes) or HDF5 files: a file, a folder, a glob, or one of these
     at a URL (s3://bucket/folder); or a folder of `prepare`."""
-    out: str
+    out: OutFolder
     """Folder to write Parquet with masks as COCO RLE to, and PNGs and overlays on request."""
     phrases: tuple[str, ...] = ()
     """Phrases to ask of every picture; may be empty where each picture brings its own."""
@@ -139,7 +140,7 @@ class PredictConfig:
 class ExportConfig:
     """Writes an adapter, or refined labels, in the form in which other tools read them."""
 
-    out: str
+    out: OutFolder
     """Folder to write to."""
     adapter: str | None = None
     """Adapter to write for diffusers: `tiny`, a folder, `hf:owner/name@revision`, `models:/...` or `runs:/...`."""

@@ -12,6 +12,7 @@ from rlfseg.config.parts import (
     FastConfig,
     Fraction,
     Natural,
+    OutFolder,
     Positive,
     PositiveInt,
     SamplingConfig,
@@ -57,7 +58,7 @@ class LimitsConfig:
 class BatchesConfig:
     """Batch jobs that the service starts on its own Ray."""
 
-    out: str | None = None
+    out: OutFolder | None = None
     """Folder for settings, states and results, the same on all nodes; null: no batches."""
     roots: tuple[str, ...] = ()
     """Folders whose pictures and manifests a batch may read; no path outside them is opened."""
@@ -128,7 +129,7 @@ class SegmentConfig:
     """A picture."""
     phrases: tuple[str, ...]
     """What to look for."""
-    out: str = "."
+    out: OutFolder = "."
     """Folder to write a mask a phrase (PNG) and an overlay to."""
     url: str | None = None
     """A service to ask, such as http://127.0.0.1:8000; null: the model runs here."""

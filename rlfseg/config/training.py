@@ -13,6 +13,7 @@ from rlfseg.config.parts import (
     Fraction,
     LoraConfig,
     Natural,
+    OutFolder,
     Positive,
     PositiveInt,
     TrackingConfig,
@@ -57,7 +58,7 @@ class SpeedConfig:
 class TrainConfig:
     """Trains an adapter by rectified flow with dynamic selection (Eq. 2, 4); no augmentation: the paper names none."""
 
-    out: str
+    out: OutFolder
     """Folder to write the adapter, checkpoints, overlays and curves to; with several nodes one that all of them see."""
     latents: str | None = None
     """Folder written by `encode`; give this or `samples`."""

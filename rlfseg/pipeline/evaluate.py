@@ -236,9 +236,7 @@ class Scorer:
         z1 = self.segmenter.encode_squares(torch.from_numpy(np.stack([row.pop("square") for row in rows])))
         asked = [[checked_phrase(c) for c in row["captions"]] for row in rows]
         found = self.segmenter.squares(z1, asked, sampling=self.config.sampling)
-        # a slice of the batch's scores would be sent with all of them
-        own = [[replace(s, score=s.score.cpu().clone()) for s in squares] for squares in found]
-        done = [row | {"status": OK, "squares": squares} for row, squares in zip(rows, own, strict=True)]
+        done = [row | {"status": OK, "squares": squares} for row, squares in zip(rows, found, strict=True)]
         if "semseg" not in self.config.protocols or self.config.present_only:
             return done
         return [self._with_absent(row, latent[None]) for row, latent in zip(done, z1, strict=True)]

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from rlfseg import adapter, images
-from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, as_dict
+from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, WorkersConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError
 from rlfseg.pipeline import effective
 from rlfseg.pipeline.bases import fetch_autoencoder, fetch_base
@@ -26,13 +28,14 @@ from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.pictures import Asked, find
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
-from rlfseg.results import Result, Square, checked_phrase
+from rlfseg.results import NESTED, Result, checked_phrase
 
 if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks need no networks
     from collections.abc import Callable
 
     from rlfseg.segmenter import Segmenter
 
+SCORES = 2**30  # bytes in the network's frame that a call may give; they go through Ray's object store in one piece
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -71,6 +74,7 @@ def run(config: PredictConfig) -> Summary:
     autoencoder = fetch_autoencoder(config.fast.autoencoder)
     pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
     settings = as_dict(config)
+    workers, notes = _fitting(config.run, _most_phrases(pictures.rows, phrases), card.resolution)
     connect()
     gpus = gpus_per_worker(config.run, config.device)
     return run_stage(
@@ -92,21 +96,38 @@ def run(config: PredictConfig) -> Summary:
             ),
             schema=SCHEMA,
             out=out,
-            run=config.run,
+            run=workers,
             gpus=gpus,
             arithmetic=arithmetic("auto", gpus),
             identity={k: settings[k] for k in ("images", "sampling", "threshold", "pixels", "png", "overlays")}
             | {"phrases": phrases, "pictures": pictures.fingerprint, "adapter": adapter.version(folder)}
             | {"autoencoder": autoencoder},
             on_error=config.on_error,
-            finalize=partial(_report, out, config.sampling.idle),
+            finalize=partial(_report, out, (*config.sampling.idle, *notes)),
         )
     )
 
 
+def _most_phrases(rows: pa.Table, phrases: list[str]) -> int:
+    """Of a picture; HDF5 files tell only later how many captions of their own they have, which are few."""
+    if "captions" not in rows.column_names:
+        return len(phrases)
+    return int(pc.max(pc.list_value_length(rows["captions"])).as_py())
+
+
+def _fitting(run: WorkersConfig, phrases: int, resolution: int) -> tuple[WorkersConfig, tuple[str, ...]]:
+    """With fewer pictures a call where the scores of so many phrases of each are too large, and a line that says so."""
+    each = 4 * max(phrases, 1) * resolution**2
+    fit = max(1, min(run.batch_size, SCORES // each))
+    if fit == run.batch_size:
+        return run, ()
+    told = f"{run.batch_size} pictures with {phrases} phrases have {run.batch_size * each / 2**30:.1f} GiB of scores"
+    return replace(run, batch_size=fit), (f"run.batch_size: {fit} is taken: {told}",)
+
+
 def _phrases(config: PredictConfig) -> list[str]:
     try:
-        lines = Path(config.phrases_file).read_text(encoding="utf-8").splitlines() if config.phrases_file else []
+        lines = Path(config.phrases_file).read_text(encoding="utf-8-sig").splitlines() if config.phrases_file else []
         return [checked_phrase(p) for p in (*config.phrases, *(line for line in lines if line.strip()))]
     except BadSample as error:
         raise ConfigError(str(error)) from error
@@ -176,9 +197,7 @@ class Predictor:
 
         z1 = self.segmenter.encode_squares(torch.from_numpy(np.stack([row.pop("square") for row in rows])))
         found = self.segmenter.squares(z1, [row["captions"] for row in rows], sampling=self.sampling)
-        # A slice of the batch's scores would be sent with all of them
-        own = [[replace(s, score=s.score.cpu().clone()) for s in squares] for squares in found]
-        return [row | {"status": OK, "squares": squares} for row, squares in zip(rows, own, strict=True)]
+        return [row | {"status": OK, "squares": squares} for row, squares in zip(rows, found, strict=True)]
 
 
 class Finish:
@@ -205,46 +224,52 @@ class Finish:
         Raises:
             BadSample: The network gave NaN for every phrase.
         """
-        squares: list[Square] = row["squares"]
-        results = [square.at(row["size"], self.threshold) for square in squares]
-        if results and all(r.failed for r in results):
+        name, phrases = file_name(row["id"]), list[Row]()
+        masks: list[NDArray[np.uint8]] = []  # to be drawn over the picture together
+        for n, square in enumerate(row["squares"]):
+            # One at a time: at the size of a photograph, the scores of all phrases are gigabytes
+            result: Result = square.at(row["size"], self.threshold)
+            phrases.append(_measured(result))
+            if self.png is not None and not result.failed:
+                _save(self.png / name / f"{n:02d}-{file_name(result.caption)}.png", result.mask * 255)
+            if self.overlays is not None and not result.failed:
+                masks.append(result.mask)
+            del result  # before the next one's
+        good = [phrase for phrase in phrases if phrase["mask"] is not None]
+        if phrases and not good:
             raise BadSample("the network gave NaN for every phrase", file="predict", sample=row["id"])
-        masks = [None if r.failed else r.mask for r in results]
-        self._draw(row, results)
-        return {
-            "id": row["id"],
-            "height": row["size"][0],
-            "width": row["size"][1],
-            "captions": [r.caption for r in results],
-            "masks": [None if m is None else images.rle_encode(m) for m in masks],
-            "scores": [None if r.failed else r.confidence for r in results],
-            "areas": [None if m is None else int(m.sum()) for m in masks],
-            "outcomes": [_outcome(r) for r in results],
-        }
-
-    def _draw(self, row: Row, results: list[Result]) -> None:
-        if self.png is None and self.overlays is None:
-            return
-        from rlfseg import draw
-
-        name, good = file_name(row["id"]), [(n, r) for n, r in enumerate(results) if not r.failed]
-        if self.png is not None:
-            for n, r in good:
-                draw.save(self.png / name / f"{n:02d}-{file_name(r.caption)}.png", r.mask * 255)
         if self.overlays is not None:
-            picture = draw.overlay(
-                row["image"],
-                [r.mask for _, r in good],
-                [r.caption for _, r in good],
-                notes=[f"{r.confidence:.2f}" for _, r in good],
-            )
-            draw.save(self.overlays / f"{name}.png", picture)
+            _save(self.overlays / f"{name}.png", _overlay(row["image"], masks, good))
+        place = {"id": row["id"], "height": row["size"][0], "width": row["size"][1]}
+        return place | {column: [phrase[one] for phrase in phrases] for column, one in NESTED.items()}
 
 
-def _outcome(result: Result) -> str:
+def _measured(result: Result) -> Row:
+    """A phrase's part of each list of SCHEMA."""
     if result.failed:
-        return "failed: the network gave NaN"
-    return "ok: the phrase is longer than the text encoder takes and was cut" if result.truncated else OK
+        failed = "failed: the network gave NaN"
+        return {"caption": result.caption, "mask": None, "score": None, "area": None, "outcome": failed}
+    cut = "ok: the phrase is longer than the text encoder takes and was cut"
+    return {
+        "caption": result.caption,
+        "mask": images.rle_encode(result.mask),
+        "score": result.confidence,
+        "area": int(np.count_nonzero(result.mask)),
+        "outcome": cut if result.truncated else OK,
+    }
+
+
+def _overlay(image: NDArray[np.uint8], masks: list[NDArray[np.uint8]], phrases: list[Row]) -> NDArray[np.uint8]:
+    from rlfseg import draw  # with matplotlib: only where something is drawn
+
+    notes = [f"{phrase['score']:.2f}" for phrase in phrases]
+    return draw.overlay(image, masks, [phrase["caption"] for phrase in phrases], notes=notes)
+
+
+def _save(path: Path, picture: NDArray[np.uint8]) -> None:
+    from rlfseg import draw
+
+    draw.save(path, picture)
 
 
 def _report(out: Path, notes: tuple[str, ...], counts: Row) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import time
@@ -22,11 +23,16 @@ class _Speed(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text(f"{speed:.1f} {self.unit}/s" if speed else "")
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f} {self.unit}/s" if speed >= 1 else f"{speed:.2g} {self.unit}/s")
 
 
 class Progress:
     """Shows how far a job is, how fast, and how long it will take: a bar on a terminal, elsewhere a line a minute.
+
+    The speed is that of this start from its beginning, as in the closing line: rows come in blocks, minutes apart or
+    several at once, so that a short while tells nothing.
 
     Args:
         name: What is going on.
@@ -36,6 +42,7 @@ class Progress:
         tell: What else is to be said, now.
         every: Seconds between two looks.
         line_every: Seconds between two lines where the output is no terminal.
+        clock: Seconds, from any beginning.
     """
 
     def __init__(
@@ -48,8 +55,9 @@ class Progress:
         tell: Callable[[], str] = str,
         every: float = 1.0,
         line_every: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        self.count, self.tell, self.every, self.line_every = count, tell, every, line_every
+        self.count, self.tell, self.every, self.line_every, self.clock = count, tell, every, line_every, clock
         self.speed, self.stopped = _Speed(unit), threading.Event()
         console = Console(file=sys.stderr)
         self.bar = Bar(
@@ -61,8 +69,11 @@ class Progress:
             TextColumn("{task.fields[told]}"),
             console=console,
             disable=not console.is_terminal,
+            get_time=clock,
+            speed_estimate_period=math.inf,
         )
         self.task = self.bar.add_task(name, total=total, completed=count(), told="")
+        self.bar.advance(self.task, 0)  # the speed counts from here
         self.thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Progress:
@@ -81,11 +92,11 @@ class Progress:
         self.bar.stop()
 
     def _watch(self) -> None:
-        said = time.monotonic()
+        said = self.clock()
         while not self.stopped.wait(self.every):
             self._look()
-            if self.bar.disable and time.monotonic() - said >= self.line_every:
-                said = time.monotonic()
+            if self.bar.disable and self.clock() - said >= self.line_every:
+                said = self.clock()
                 print(self._line(), file=sys.stderr, flush=True)
 
     def _look(self) -> None:

@@ -7,19 +7,21 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
 from rlfseg import images
-from rlfseg.config import PredictConfig, SamplingConfig
+from rlfseg.config import PredictConfig, SamplingConfig, WorkersConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import BadSample, ConfigError
-from rlfseg.pipeline.predict import Finish, Load, Predictor, _phrases
+from rlfseg.pipeline.predict import Finish, Load, Predictor, _fitting, _most_phrases, _phrases
 from rlfseg.pipeline.rows import Row, RowByRow, Rows
-from rlfseg.results import Square
+from rlfseg.results import Result, Square
 from rlfseg.segmenter import Segmenter
 
 Array = np.ndarray[Any, Any]
@@ -81,6 +83,32 @@ def test_what_is_sent_on_is_no_larger_than_the_scores(segmenter: Segmenter) -> N
     assert scores < len(pickle.dumps(row)) < scores + 5000
 
 
+@pytest.mark.parametrize(
+    ("batch", "phrases", "side", "fit"),
+    [
+        (8, 80, 512, 8),
+        (8, 128, 512, 8),
+        (8, 129, 512, 7),
+        (8, 1203, 512, 1),
+        (8, 1203, 64, 8),
+        (1, 9999, 512, 1),
+        (4, 0, 512, 4),
+    ],
+)
+def test_a_call_takes_fewer_pictures_of_very_many_phrases(batch: int, phrases: int, side: int, fit: int) -> None:
+    workers, notes = _fitting(WorkersConfig(workers=3, batch_size=batch), phrases, side)
+    assert (workers.workers, workers.batch_size) == (3, fit)
+    assert [n[:17] for n in notes] == ([f"run.batch_size: {fit}"] if fit < batch else [])
+    if phrases == 1203 and fit == 1:
+        assert "8 pictures with 1203 phrases have 9.4 GiB" in notes[0]
+
+
+def test_each_picture_may_have_phrases_of_its_own() -> None:
+    own = pa.table({"id": ["a", "b", "c"], "captions": [["x"], ["x", "y", "z"], []]})
+    assert _most_phrases(own, ["x"]) == 3
+    assert _most_phrases(own.select(["id"]), ["x"]) == 1
+
+
 # --- failures ------------------------------------------------------------------------------------------------------
 
 
@@ -114,10 +142,32 @@ def test_nan_of_one_phrase_is_its_outcome_and_no_empty_mask() -> None:
     assert row["scores"] == [None, pytest.approx(0.9), 0.0]
 
 
+def test_scores_of_a_pictures_size_are_never_held_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at, living, most = Square.at, WeakSet[Result](), 0
+
+    def watched(square: Square, size: tuple[int, int], threshold: float) -> Result:
+        nonlocal most
+        result = at(square, size, threshold)
+        living.add(result)
+        most = max(most, len(living))
+        return result
+
+    monkeypatch.setattr(Square, "at", watched)
+    squares = [
+        Square(caption="x", score=torch.full((8, 8), 0.1 * n), gamma=0, clipped=False, truncated=False)
+        for n in range(9)
+    ]
+    row = {"id": "a", "size": (4, 6), "image": np.zeros((4, 6, 3), np.uint8), "squares": squares}
+    Finish(0.5, png=tmp_path / "png", overlays=tmp_path / "overlays")(row)
+    assert most == 1
+
+
 def test_phrases_by_list_and_by_file(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("blue star\n\n  grüner Ring \n", encoding="utf-8")
     config = PredictConfig(images="x", out="y", phrases=("red ring",), phrases_file=str(tmp_path / "p.txt"))
     assert _phrases(config) == ["red ring", "blue star", "grüner Ring"]
+    (tmp_path / "p.txt").write_bytes(b"\xef\xbb\xbfblue star\r\n")  # a BOM, as Windows' editors write it
+    assert _phrases(config) == ["red ring", "blue star"]
     (tmp_path / "p.txt").write_bytes(b"caf\xe9")
     with pytest.raises(ConfigError, match=r"phrases_file: .*p\.txt can't be read"):
         _phrases(config)

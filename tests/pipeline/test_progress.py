@@ -70,3 +70,25 @@ def test_what_was_done_before_counts_for_no_speed() -> None:
     task: Task = Progress("x", total=1000, count=lambda: 900).bar.tasks[0]
     assert (task.completed, task.speed) == (900, None)
     assert _Speed("images").render(task).plain == ""
+
+
+def line_after(*looks: tuple[float, int]) -> str:
+    """What a log says after looks at (seconds since the start, rows)."""
+    moments = [(0.0, 16), *looks]
+    now = iter(moments)
+    state = next(now)
+    progress = Progress("predict", total=416, count=lambda: state[1], clock=lambda: state[0])
+    for state in now:  # noqa: B007 -- read by the two above
+        progress._look()
+    return progress._line()
+
+
+def test_rows_that_come_minutes_apart_have_a_speed_and_a_time_to_go() -> None:
+    looks = [(float(s), 16 + 8 * (s // 240)) for s in range(1, 961)]  # 8 rows every four minutes
+    assert line_after(*looks[:239]) == "predict: 16 of 416 images"
+    assert line_after(*looks[:240]) == "predict: 24 of 416 images, 0.033 images/s, 3:16:00 to go"
+    assert line_after(*looks) == "predict: 48 of 416 images, 0.033 images/s, 3:04:00 to go"
+
+
+def test_two_workers_that_come_together_are_no_burst_of_speed() -> None:
+    assert line_after((240, 24), (241, 32)).endswith("0.066 images/s, 1:36:24 to go")
