@@ -4,7 +4,7 @@ In: two folders of `prepare`, or of pictures.
 Out: OUT/audit.json, OUT/exclude_ids.txt for `prepare --exclude_ids`, OUT/pairs.png.
 
     ray job submit --working-dir . -- \
-        python -m jobs.audit runs/a/train runs/a/test --run.workers 8 --out runs/a/audit
+        python -m jobs.audit /nfs/a/train /nfs/a/test --run.workers 8 --out /nfs/a/audit
 """
 
 import sys

@@ -4,7 +4,7 @@ In: nothing.
 Out: a table, OUT/bench.json (a list of its rows), OUT/machine.json, an MLflow run.
 
     ray job submit --working-dir . -- \
-        python -m jobs.bench data model --out runs/bench
+        python -m jobs.bench data model --out /nfs/bench
 """
 
 import sys

@@ -4,7 +4,7 @@ In: an adapter folder and a folder of `prepare`.
 Out: the adapter's rlfseg.yaml, OUT/calibration.json, OUT/calibration.png.
 
     ray job submit --working-dir . -- \
-        python -m jobs.calibrate --adapter runs/a/train-1/adapter --samples runs/a/val --out runs/a/calibration
+        python -m jobs.calibrate --adapter /nfs/a/train-1/adapter --samples /nfs/a/val --out /nfs/a/calibration
 """
 
 import sys

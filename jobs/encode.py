@@ -4,7 +4,7 @@ In: a folder of `refine` (both labels) or of `prepare` (original labels only).
 Out: OUT/data/*.parquet: latents in fp16.
 
     ray job submit --working-dir . -- \
-        python -m jobs.encode --samples runs/a/refined --run.workers 8 --out runs/a/latents
+        python -m jobs.encode --samples /nfs/a/refined --run.workers 8 --out /nfs/a/latents
 """
 
 import sys

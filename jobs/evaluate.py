@@ -4,8 +4,8 @@ In: a folder of `prepare` with true masks; an adapter, or predictions in Parquet
 Out: OUT/results.json, results.md, curves.json, curves and overlays as PNGs, an MLflow run.
 
     ray job submit --working-dir . -- \
-        python -m jobs.evaluate --adapter runs/a/train-1/adapter --samples runs/a/test --sampling.rescale aos \
-        --protocol '[rlfseg,clipseg]' --out runs/a/test-aos
+        python -m jobs.evaluate --adapter /nfs/a/train-1/adapter --samples /nfs/a/test --sampling.rescale aos \
+        --protocol '[rlfseg,clipseg]' --out /nfs/a/test-aos
 """
 
 import sys

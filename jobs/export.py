@@ -5,7 +5,7 @@ Out: OUT/pytorch_lora_weights.safetensors for `pipe.load_lora_weights(OUT)`; or 
 OUT/index.parquet.
 
     ray job submit --working-dir . -- \
-        python -m jobs.export --adapter runs/a/train-1/adapter --out runs/a/diffusers
+        python -m jobs.export --adapter /nfs/a/train-1/adapter --out /nfs/a/diffusers
 """
 
 import sys

@@ -4,7 +4,7 @@ In: HDF5 files or folders of some, of any origin.
 Out: a table, OUT/contents.json, OUT/contact_sheet.png.
 
     ray job submit --working-dir . -- \
-        python -m jobs.inspect runs/a/train their_phrasecut.h5 --out runs/look
+        python -m jobs.inspect /nfs/a/train /nfs/their_phrasecut.h5 --out /nfs/look
 """
 
 import sys

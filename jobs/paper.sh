@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The paper's run, in order, on a cluster with 8 A100s that share $STORE (NFS or a mounted bucket).
 #
-#     MLFLOW_TRACKING_URI=http://HEAD:5000 RAY_ADDRESS=http://HEAD:8265 STORE=/nfs/rlfseg DATA=/nfs/phrasecut jobs/paper.sh
+#     export MLFLOW_TRACKING_URI=http://HEAD:5000 RAY_API_SERVER_ADDRESS=http://HEAD:8265
+#     STORE=/nfs/rlfseg DATA=/nfs/phrasecut jobs/paper.sh
 #
 # PhraseCut itself is not downloaded for you: docs/data.md says where it is and how its folder, $DATA, must look.
 set -euo pipefail

@@ -5,7 +5,7 @@ LabelMe, HDF5, or images with mask PNGs and a list of phrases (docs/data.md).
 Out: OUT/*.h5, OUT/index.parquet.
 
     ray job submit --working-dir . -- \
-        python -m jobs.prepare --source folder --path photos/index.json --splits '[train]' --out runs/a/train
+        python -m jobs.prepare --source folder --path /nfs/photos/index.json --splits '[train]' --out /nfs/a/train
 """
 
 import sys

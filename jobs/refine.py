@@ -4,8 +4,8 @@ In: a folder of `prepare`.
 Out: OUT/data/*.parquet: a refined mask a phrase, or why the original was kept.
 
     ray job submit --working-dir . -- \
-        python -m jobs.refine --samples runs/a/train --sam.checkpoint sam_vit_h_4b8939.pth --run.workers 8 \
-        --out runs/a/refined
+        python -m jobs.refine --samples /nfs/a/train --sam.checkpoint /nfs/sam_vit_h_4b8939.pth --run.workers 8 \
+        --out /nfs/a/refined
 """
 
 import sys

@@ -4,7 +4,7 @@ In: a picture and phrases.
 Out: OUT/NAME-00.png, -01.png ... a phrase each, OUT/NAME-overlay.png.
 
     ray job submit --working-dir . -- \
-        python -m jobs.segment picture.jpg 'red ring' 'blue star' --out masks
+        python -m jobs.segment /nfs/picture.jpg 'red ring' 'blue star' --out /nfs/masks
 """
 
 import sys

@@ -4,7 +4,8 @@ In: a command with its settings after `--`, and the repository that it is to run
 Out: what the job prints.
 
     ray job submit --working-dir . -- \
-        python -m jobs.submit --address http://other-head:8265 -- predict --images /nfs/photos --out /nfs/masks
+        python -m jobs.submit --address http://other-head:8265 -- \
+        predict --images /nfs/photos --phrases '[dog]' --out /nfs/masks
 """
 
 import sys

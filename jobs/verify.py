@@ -4,7 +4,7 @@ In: HDF5 files, pictures, lists of phrases, Parquet files, adapters, folders of 
 Out: exit code 0 if all is whole, else 1 and what is damaged.
 
     ray job submit --working-dir . -- \
-        python -m jobs.verify runs/a/train runs/a/refined runs/a/latents runs/a/train-1
+        python -m jobs.verify /nfs/a/train /nfs/a/refined /nfs/a/latents /nfs/a/train-1
 """
 
 import sys

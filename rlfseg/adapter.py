@@ -187,9 +187,10 @@ def resolve(reference: str) -> Path:
     # An MLflow model holds the adapter as an artifact of its own, under the name that its folder had
     found = [f for f in (folder, folder / "adapter", *folder.glob("artifacts/*")) if (f / CARD).is_file()]
     if not found:
+        lacks = f"holds no {CARD}" if folder.exists() else f"is no folder on {os.uname().nodename}"
         raise ModelError(
-            f"adapter: {reference} holds no {CARD}; give `tiny`, a folder written by `rlfseg train`, "
-            "models:/name@alias, runs:/id/adapter or hf:owner/name@revision"
+            f"adapter: {reference} {lacks}; give `tiny`, a folder written by `rlfseg train`, models:/name@alias, "
+            "runs:/id/adapter or hf:owner/name@revision; on several nodes only `tiny` or a folder that all of them see"
         )
     return found[0]
 

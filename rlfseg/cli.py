@@ -143,7 +143,8 @@ COMMANDS: dict[str, Command] = {
         what="run a command as a Ray job and exit with the job's own code",
         goes_in="a command with its settings after `--`, and the repository that it is to run from",
         comes_out="what the job prints",
-        example="rlfseg submit --address http://head:8265 -- train --config jobs/configs/paper/train.yaml --out /nfs/a",
+        example="rlfseg submit --address http://head:8265 -- train --config jobs/configs/paper/train.yaml "
+        "--latents /nfs/latents --out /nfs/a",
         positional={"command": "a command and its settings, after `--`"},
     ),
     "serve": Command(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -279,3 +280,6 @@ def test_references(tmp_path: Path) -> None:
     for nothing in (str(tmp_path / "nowhere"), "hf:nobody/nothing"):
         with pytest.raises(ModelError, match=nothing):
             adapter.resolve(nothing)
+    # what only the driver's node has: a worker's node says which it is
+    with pytest.raises(ModelError, match=f"is no folder on {os.uname().nodename}; .* a folder that all of them see"):
+        adapter.resolve(str(tmp_path / "nowhere"))

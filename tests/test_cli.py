@@ -56,7 +56,18 @@ def test_a_job_says_what_its_command_says(root: Path, name: str) -> None:
     assert f"Out: {command.comes_out}." in said
     line = re.search(rf"python -m jobs\.{name}((?: .*)?)$", said.replace("\\ ", ""))
     assert line, "no line to submit it by"
-    cli.parse(name, shlex.split(line[1]))
+    words = shlex.split(line[1])
+    settings = cli.parse(name, words)
+    if name != "serve":  # which is no job; a job's own folder goes with it
+        assert getattr(settings, "out", "/").startswith("/")
+        assert [word for word in words if re.search(r"^[^/:]+/|\.(jpg|h5|pth)$", word) and word[0] != "/"] == []
+    if name == "submit":
+        assert cli.parse(settings.command[0], list(settings.command[1:])).phrases  # else `predict` would refuse it
+
+
+def test_what_the_example_of_submit_submits_has_something_to_train_on() -> None:
+    name, *flags = cli.parse("submit", shlex.split(COMMANDS["submit"].example)[2:]).command
+    assert cli.parse(name, flags).latents
 
 
 def test_an_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -253,8 +253,9 @@ def _by_h5py(folder: Path, index: pa.Table) -> int:
 
 
 def _by_ray(folder: Path, index: pa.Table) -> int:
-    load = Step(RowByRow(LoadSample(folder / "all")), stage="bench", notes=folder / "load", schema=None, stop=True)
-    arrive = Step(RowByRow(_arrived), stage="bench", notes=folder / "arrive", schema=ARRIVED, stop=True)
+    common: dict[str, Any] = {"stage": "bench", "out": folder / "all", "stop": True}
+    load = Step(RowByRow(LoadSample(folder / "all")), name="load", schema=None, **common)
+    arrive = Step(RowByRow(_arrived), name="arrive", schema=ARRIVED, **common)
     dataset = read_rows(index, rows_per_task(index.num_rows, RUN)).map_batches(
         load, batch_size=RUN.batch_size, batch_format="pyarrow", compute=TaskPoolStrategy(size=LOADERS), memory=2**29
     )

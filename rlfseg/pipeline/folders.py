@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlfseg.config import digest
-from rlfseg.errors import DataError
+from rlfseg.errors import ConfigError, DataError
 from rlfseg.pipeline.rows import OK, Row
 
 WEIGHTS = (".safetensors", ".pth")
@@ -54,6 +54,13 @@ def begin(out: Path, identity: Row) -> str:
     out.mkdir(parents=True, exist_ok=True)
     write_json(started, {"schema": 1, "hash": digest(identity), "identity": identity})
     return "new"
+
+
+def unseen(out: Path) -> ConfigError | None:
+    """The error of a node that doesn't see a folder which a job has claimed on another; None where it does."""
+    if (out / "_STARTED.json").is_file():
+        return None
+    return ConfigError(f"out: {out} is not seen by {os.uname().nodename}; all nodes must share it, under the same path")
 
 
 def finish(out: Path, identity: Row, counts: Row) -> None:

@@ -25,10 +25,10 @@ from rlfseg import adapter, draw, tracking
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
 from rlfseg.config import TrainConfig, as_dict
-from rlfseg.errors import BadSample, ConfigError, DataError, ResourceError, RlfsegError
+from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
 from rlfseg.metrics import Sums
 from rlfseg.pipeline.checkpoints import Store
-from rlfseg.pipeline.folders import write_json
+from rlfseg.pipeline.folders import unseen, write_json
 from rlfseg.pipeline.ingest import batches, steps_per_epoch
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import LoadSample, askable, open_samples
@@ -128,9 +128,8 @@ class Loop:
 
     def _require_out(self) -> None:
         """Stops where a node doesn't see the folder that curve, overlays and checkpoints go to."""
-        node = "" if (self.job.out / "_STARTED.json").is_file() else os.uname().nodename
-        if blind := sorted({name for name in self._from_all(node) if name}):
-            raise Stop(ConfigError(f"out: {self.job.out} is not seen by {', '.join(blind)}; all nodes must share it"))
+        if blind := next(filter(None, self._from_all(unseen(self.job.out))), None):
+            raise Stop(blind)
 
     def _tell_left_out(self) -> None:
         """Writes down what can't be used of the validation samples, on whatever rank."""

@@ -32,7 +32,7 @@ from ray.data.datasource import Datasource, ReadTask
 from rlfseg.config import WorkersConfig
 from rlfseg.errors import BadSample, ConfigError, DataError, ModelError, ResourceError, RlfsegError
 from rlfseg.pipeline.causes import full_disk, our_cause
-from rlfseg.pipeline.folders import begin, finish, require_finished
+from rlfseg.pipeline.folders import begin, finish, require_finished, unseen
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, reason, unpack
 
@@ -98,11 +98,13 @@ class Summary:
 
 
 def connect() -> None:
-    """Joins the Ray that $RAY_ADDRESS names, or starts one here with a few more logical CPUs than cores."""
+    """Joins the Ray that $RAY_ADDRESS names (ResourceError for a job server), or starts one of 8 CPUs or more here."""
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
-        remote = os.environ.get("RAY_ADDRESS")
+        remote = os.environ.get("RAY_ADDRESS", "")
+        if remote.startswith("http"):
+            raise ResourceError(f"RAY_ADDRESS: {remote} is a job server; use `rlfseg submit -- ...` or unset it")
         if not remote:  # Ray guards what it starts here by a token; given one, it writes none into the user's home
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would tell how to undo that
@@ -223,12 +225,8 @@ def _pipeline(stage: Stage) -> Dataset:
     )
 
     def step(name: str, last: bool) -> Row:
-        return {
-            "stage": stage.name,
-            "notes": stage.out / "_attempts" / name,
-            "schema": stage.schema if last else None,
-            "stop": stage.on_error == "stop",
-        }
+        own = {"name": name, "schema": stage.schema if last else None}
+        return own | {"stage": stage.name, "out": stage.out, "stop": stage.on_error == "stop"}
 
     batches: Any = {"batch_size": run.batch_size, "batch_format": "pyarrow"}
     on_cpu = batches | {
@@ -300,17 +298,20 @@ class Step:
     Args:
         work: The per-item work.
         stage: For messages.
-        notes: Folder of the notes on what is being worked on.
+        out: Folder of the stage, which all nodes must see: they write into it.
+        name: Of the step, for its notes on what is being worked on.
         schema: Columns to write; None: rows go on to another step.
         stop: Whether a refused row ends the job.
     """
 
-    def __init__(self, work: Work, *, stage: str, notes: Path, schema: pa.Schema | None, stop: bool):
-        self.work, self.stage, self.schema, self.stop = work, stage, schema, stop
-        self.attempts = Attempts(notes)
+    def __init__(self, work: Work, *, stage: str, out: Path, name: str, schema: pa.Schema | None, stop: bool):
+        self.work, self.stage, self.out, self.schema, self.stop = work, stage, out, schema, stop
+        self.attempts = Attempts(out / "_attempts" / name)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Index rows or packed rows in; packed rows or columns of `schema` out, in another order."""
+        if blind := unseen(self.out):
+            raise blind
         rows = unpack(table)
         waiting = [row for row in rows if row.get("status", OK) == OK]
         done = [row for row in rows if row.get("status", OK) != OK] + self.attempts.guard(self.work, waiting)

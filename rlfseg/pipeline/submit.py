@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import aiohttp
 import stamina
 from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
@@ -21,10 +24,14 @@ from rlfseg.errors import ConfigError, DataError, JobError, ResourceError
 
 LIMIT_MIB = 100  # of what the Jobs API takes; Ray itself says only that the body is too large
 STOPPED = 143  # what a shell says of a process that was asked to end
+INTERRUPTED = 130  # and of one that Ctrl-C has ended
+POLL_S = 5.0  # between two looks at a job whose log no longer comes
 
 
 def run(config: SubmitConfig) -> None:
     """Uploads the working directory, starts the job with this shell's MLFLOW_* settings, prints what it prints.
+
+    A job of the same command that still runs is watched instead: a second one would write into the same folder.
 
     Args:
         config: Settings of the command.
@@ -32,7 +39,7 @@ def run(config: SubmitConfig) -> None:
     Raises:
         ConfigError: No such job, or the working directory is not this repository.
         DataError: The working directory is too large to upload; names its biggest parts.
-        JobError: The job failed or was stopped.
+        JobError: The job failed or was stopped, or goes on unwatched after Ctrl-C.
         ResourceError: No cluster answers, or it refuses the token.
     """
     name, *flags = config.command
@@ -40,21 +47,35 @@ def run(config: SubmitConfig) -> None:
     if not (folder / "jobs" / f"{name}.py").is_file():
         known = ", ".join(sorted(p.stem for p in (folder / "jobs").glob("[!_]*.py"))) or "none: is it the repository?"
         raise ConfigError(f"command: no job {name!r} in {folder / 'jobs'}; there are {known}")
-    client = _client(config.address)
+    client, entrypoint = _client(config.address), shlex.join(["python", "-m", f"jobs.{name}", *flags])
     try:
-        job = once_taken(
+        job = _running(client, entrypoint)
+        said = f"job {job} runs this command already" if job else ""
+        job = job or once_taken(
             lambda: client.submit_job(
-                entrypoint=shlex.join(["python", "-m", f"jobs.{name}", *flags]),
+                entrypoint=entrypoint,
                 runtime_env={"working_dir": str(folder)} | _tracking(),
                 entrypoint_num_cpus=config.cpus,
             )
         )
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, OSError, ValueError) as error:
         raise _too_large(folder) if "413" in str(error) else ResourceError(f"the job was not taken: {error}") from error
-    print(f"job {job}; `ray job stop {job}` stops it, the same command submitted again goes on from there", flush=True)
+    print(
+        f"{said or f'job {job}'}; `ray job stop {job}` stops it, the same command submitted again goes on from there",
+        flush=True,
+    )
     if config.wait:
-        asyncio.run(_watch(client, job))
-        _judge(job, client.get_job_info(job))
+        try:
+            asyncio.run(_watch(client, job))
+            _judge(job, _end(client, job))
+        except KeyboardInterrupt:
+            how = f"`ray job stop {job}` stops it, `ray job logs -f {job}` or the same command shows it"
+            raise JobError(f"job {job} goes on; {how}", code=INTERRUPTED) from None
+
+
+def _running(client: JobSubmissionClient, entrypoint: str) -> str | None:
+    jobs = (j for j in client.list_jobs() if j.entrypoint == entrypoint and not j.status.is_terminal())
+    return next((j.submission_id for j in jobs if j.submission_id), None)  # a driver that nobody submitted has none
 
 
 def _tracking() -> dict[str, dict[str, str]]:
@@ -86,6 +107,8 @@ def _no_agent(error: Exception) -> bool:
 
 
 def _client(address: str | None) -> JobSubmissionClient:
+    if address:  # Ray would take this variable, and RAY_ADDRESS, which every job has, before what it is given
+        os.environ["RAY_API_SERVER_ADDRESS"] = address
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, RayError) as error:
@@ -98,8 +121,22 @@ def _client(address: str | None) -> JobSubmissionClient:
 
 
 async def _watch(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        print(lines, end="", flush=True)
+    try:
+        async for lines in client.tail_job_logs(job):
+            print(lines, end="", flush=True)
+    except (RuntimeError, aiohttp.ClientError) as error:
+        print(f"rlfseg submit: job {job} goes on, its log is lost: {error}; waiting for its end", file=sys.stderr)
+
+
+def _end(client: JobSubmissionClient, job: str) -> JobDetails:
+    """How a job ended; waits where its log ended before it, and a minute for a server that is away."""
+    info = stamina.retry(on=(RuntimeError, OSError), attempts=None, timeout=60, wait_max=POLL_S)(client.get_job_info)
+    try:
+        while not (end := info(job)).status.is_terminal():
+            time.sleep(POLL_S)
+    except (RuntimeError, OSError) as error:
+        raise ResourceError(f"job {job}: its server is away, ask again by `ray job status {job}`: {error}") from error
+    return end
 
 
 def _judge(job: str, end: JobDetails) -> None:

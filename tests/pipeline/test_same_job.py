@@ -33,7 +33,7 @@ from rlfseg.config import (
     TrainConfig,
 )
 from rlfseg.device import choose_dtype
-from rlfseg.errors import ConfigError, DataError, ModelError
+from rlfseg.errors import ConfigError, DataError, ModelError, ResourceError
 from rlfseg.pipeline import calibrate, encode, evaluate, predict, refine, stages, train
 from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.folders import begin, finish, weights, write_json
@@ -317,3 +317,10 @@ def test_a_ray_of_our_own_gets_a_token_of_its_own(remote: bool, monkeypatch: pyt
     stages.connect()
     assert ("num_cpus" in given, "RAY_AUTH_TOKEN" in os.environ) == (not remote, not remote)
     assert remote or len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_a_job_server_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages.ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(ResourceError, match=r"^RAY_ADDRESS: http://head:8265 is a job server; use `rlfseg submit"):
+        stages.connect()

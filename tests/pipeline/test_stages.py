@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,14 @@ def test_rows_of_another_job_are_not_counted_as_ours(tmp_path: Path) -> None:
     pq.write_table(table, out / "data" / "a.parquet")
     with pytest.raises(DataError, match="x is none of this job's rows"):
         stages._account(stage(out, 0))
+
+
+def test_a_node_that_does_not_see_the_output_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where each node has a folder of its own under that path: what it wrote there would be missing at the end."""
+    monkeypatch.setattr(stages, "begin", lambda out, identity: out.mkdir() or "new")  # claimed, but not here
+    with pytest.raises(ConfigError, match=f"out: {tmp_path / 'out'} is not seen by {os.uname().nodename}; all nodes"):
+        run_stage(stage(tmp_path / "out", 3))
+    assert not (tmp_path / "out").exists()
 
 
 # --- samples that kill --------------------------------------------------------------------------------------------
