@@ -1,25 +1,31 @@
 """Output folders that are whole or unfinished, never in doubt.
 
-`_STARTED.json` is written before the first row, `_SUCCESS.json` after the last.
+`_STARTED.json` is written before the first row, `_SUCCESS.json` after the last; `_lock` is held while a job runs.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from rlfseg.config import digest
-from rlfseg.errors import DataError
+from rlfseg.errors import ConfigError, DataError, ModelError
 from rlfseg.pipeline.rows import OK, Row
 
 WEIGHTS = (".safetensors", ".pth")
+
+logger = logging.getLogger(__name__)
 
 
 def begin(out: Path, identity: Row) -> str:
@@ -54,6 +60,42 @@ def begin(out: Path, identity: Row) -> str:
     out.mkdir(parents=True, exist_ok=True)
     write_json(started, {"schema": 1, "hash": digest(identity), "identity": identity})
     return "new"
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps a second start of the same job out of a claimed folder; the lock ends with this process, however it ends.
+
+    Args:
+        out: A folder that `begin` has claimed.
+
+    Yields:
+        Nothing, while no other process works in the folder.
+
+    Raises:
+        DataError: Another process does.
+    """
+    lock = FileLock(out / "_lock", timeout=0, fallback_to_soft=False)  # a soft one would outlive a process killed
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock)
+        except Timeout:
+            raise DataError(f"{out}: this job runs already; wait for it, or stop it") from None
+        except OSError as error:  # NFS without its lock daemon, a mounted bucket
+            logger.warning("%s can't be locked (%s); start nothing else that writes there", out, error)
+        yield
+
+
+def unclaim(out: Path, error: BaseException | None, begun: Callable[[], object]) -> None:
+    """Removes the folder of a job that failed by its settings before it had anything to keep: they claim no folder.
+
+    Args:
+        out: A folder that `begin` has claimed.
+        error: Why the job failed.
+        begun: Tells whether there is anything to keep.
+    """
+    if isinstance(error, ConfigError | ModelError) and not begun():
+        shutil.rmtree(out)
 
 
 def finish(out: Path, identity: Row, counts: Row) -> None:

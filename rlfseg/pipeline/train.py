@@ -25,7 +25,7 @@ from rlfseg.errors import ConfigError, ModelError, ResourceError, RlfsegError
 from rlfseg.hub import resolve_base
 from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
-from rlfseg.pipeline.folders import begin, finish, read_json, require_finished, weights, write_json
+from rlfseg.pipeline.folders import alone, begin, finish, read_json, require_finished, unclaim, weights, write_json
 from rlfseg.pipeline.ingest import steps_per_epoch
 from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, read_curve, spared, work
 from rlfseg.pipeline.progress import Progress
@@ -52,7 +52,7 @@ def run(config: TrainConfig) -> Summary:
     Raises:
         ConfigError: The data is smaller than one step, the latents are of another base or resolution, or there are no
             refined labels and `selection` wants them.
-        DataError: The latents are unfinished, or the gradient stays NaN.
+        DataError: The latents are unfinished, the gradient stays NaN, or another process trains into `out`.
         ModelError: The checkpoints are of other settings.
         ResourceError: The cluster is too small, or the checkpoints' disk is full.
     """
@@ -73,29 +73,30 @@ def run(config: TrainConfig) -> Summary:
     state = begin(out, identity)
     if state == "done":
         return _summary(out, require_finished(out), 0.0, resumed=total)
-    connect()
-    least = config.min_workers or config.workers
-    check_budget("train", least * (config.cpus + 1) + 1, least if _use_gpu(config) else 0)
-    store = Store(config.storage or str(out / "checkpoints"), f"{out.name}-{digest(identity)}")
-    if state == "resume":
-        store.mend()
-    with _tracked(config, out) as recorded:
-        job = Job(
-            config=config,
-            out=out,
-            storage=store.storage,
-            name=store.name,
-            total_steps=total,
-            data=_described(config, source),
-            uri=recorded.uri,
-            run_id=recorded.id,
-        )
-        with Progress("train", total=total, count=lambda: _steps_done(out), unit="steps", tell=lambda: _loss(out)):
-            listed = _fit(job, store)
-        counts = {"rows_in": phrases, "rows_out": phrases, "refused": {}} | _publish(job, store, recorded)
-        counts |= {"notes": _notes(job, source, base, steps), "where": _where(config)}
-        store.sweep(listed)
-    finish(out, identity, counts)
+    with alone(out):
+        connect()
+        least = config.min_workers or config.workers
+        check_budget("train", least * (config.cpus + 1) + 1, least if _use_gpu(config) else 0)
+        store = Store(config.storage or str(out / "checkpoints"), f"{out.name}-{digest(identity)}")
+        if state == "resume":
+            store.mend()
+        with _tracked(config, out) as recorded:
+            job = Job(
+                config=config,
+                out=out,
+                storage=store.storage,
+                name=store.name,
+                total_steps=total,
+                data=_described(config, source),
+                uri=recorded.uri,
+                run_id=recorded.id,
+            )
+            with Progress("train", total=total, count=lambda: _steps_done(out), unit="steps", tell=lambda: _loss(out)):
+                listed = _fit(job, store)
+            counts = {"rows_in": phrases, "rows_out": phrases, "refused": {}} | _publish(job, store, recorded)
+            counts |= {"notes": _notes(job, source, base, steps), "where": _where(config)}
+            store.sweep(listed)
+        finish(out, identity, counts)
     return _summary(out, counts, time.monotonic() - start)
 
 
@@ -196,8 +197,7 @@ def _fit(job: Job, store: Store) -> set[str]:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
         cause = _cause(error, job)
-        if isinstance(cause, ConfigError | ModelError) and not any(store.newest_first()):
-            shutil.rmtree(job.out)  # settings that never worked claim no folder
+        unclaim(job.out, cause, lambda: any(store.newest_first()))
         raise cause from None
     if isinstance(result.return_value, RlfsegError):
         raise result.return_value
