@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,7 +24,9 @@ from rlfseg.config import digest
 from rlfseg.errors import ConfigError, DataError, ModelError
 from rlfseg.pipeline.rows import OK, Row
 
-WEIGHTS = (".safetensors", ".pth")
+STARTED = "_STARTED.json"
+# What diffusers, transformers and peft load; not another tool's variant beside it, model.fp16.safetensors for example
+WEIGHTS = re.compile(r"(diffusion_pytorch_|adapter_)?model(-\d+-of-\d+)?\.safetensors")
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +44,7 @@ def begin(out: Path, identity: Row) -> str:
     Raises:
         DataError: The folder belongs to a job with other settings or inputs; names the fields.
     """
-    started = out / "_STARTED.json"
+    started = out / STARTED
     if started.exists():
         known = identity_of(read_json(started), out)
         now = json.loads(json.dumps(identity))
@@ -58,7 +61,7 @@ def begin(out: Path, identity: Row) -> str:
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty and was not written by this command; give another `out`")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(started, {"schema": 1, "hash": digest(identity), "identity": identity})
+    write_json(started, {"schema": 1, "id": uuid4().hex[:12], "hash": digest(identity), "identity": identity})
     return "new"
 
 
@@ -117,11 +120,7 @@ def require_finished(folder: Path) -> Row:
     """
     path = folder / "_SUCCESS.json"
     if not path.is_file():
-        state = (
-            "unfinished: start the same command again"
-            if (folder / "_STARTED.json").exists()
-            else "not an rlfseg folder"
-        )
+        state = "unfinished: start the same command again" if (folder / STARTED).exists() else "not an rlfseg folder"
         raise DataError(f"{folder} is {state} (no _SUCCESS.json)")
     return read_json(path)
 
@@ -141,17 +140,17 @@ def stamp(path: str | Path) -> tuple[int, int] | None:
 
 
 def weights(*places: Path) -> str:
-    """Short hash of the weights in files and folders, whatever their names: 5 GB take a few seconds.
+    """Short hash of the weights in files and folders: 5 GB take a few seconds.
 
     Args:
-        *places: A file, or a folder whose .safetensors and .pth files count.
+        *places: A file, or a folder of which those files count that are loaded as weights.
 
     Returns:
         Another one where the weights are others.
     """
     sums = sha256()
     for place in places:
-        for path in [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in WEIGHTS):
+        for path in [place] if place.is_file() else sorted(p for p in place.rglob("*") if WEIGHTS.fullmatch(p.name)):
             with path.open("rb") as file:
                 sums.update(file_digest(file, "sha256").digest())
     return sums.hexdigest()[:12]
