@@ -159,7 +159,7 @@ def version(folder: Path) -> str:
     return sums.hexdigest()[:12]
 
 
-def resolve(reference: str) -> Path:
+def resolve(reference: str, *, uri: str | None = None) -> Path:
     """The folder of an adapter, by the form of its reference.
 
     `tiny` is shipped; `models:/...` and `runs:/...` are downloaded from MLflow as files and never run;
@@ -167,6 +167,7 @@ def resolve(reference: str) -> Path:
 
     Args:
         reference: In any of these forms.
+        uri: MLflow's; None: as `tracking.resolve_uri`.
 
     Returns:
         The folder that holds `rlfseg.yaml`.
@@ -179,7 +180,7 @@ def resolve(reference: str) -> Path:
     elif reference.startswith(("models:/", "runs:/")):
         from rlfseg import tracking
 
-        folder = tracking.download(reference)
+        folder = tracking.download(reference, uri=uri)
     elif reference.startswith("hf:"):
         folder = download("adapter", reference, ["*.json", "*.yaml", "*.md", "*.safetensors"])
     else:

@@ -87,14 +87,15 @@ class Backbone:
     ):
         self.source, self.resolution, self.device, self.dtype = source, resolution, device, dtype
         # fp16 on disk is only storage: the autoencoder overflows in fp16, LoRA needs fp32 beside it
-        frozen = {"torch_dtype": dtype, "local_files_only": True, "use_safetensors": True}
         try:
-            self.vae = AutoencoderKL.from_pretrained(source / "vae", **frozen)
+            self.vae = AutoencoderKL.from_pretrained(
+                source / "vae", torch_dtype=dtype, local_files_only=True, use_safetensors=True
+            )
             self.text_encoder = CLIPTextModel.from_pretrained(
                 source / "text_encoder", dtype=dtype, local_files_only=True, use_safetensors=True
             )
             self.tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer", local_files_only=True)
-            unet = unet or UNet2DConditionModel.from_pretrained(source / "unet", **frozen)
+            unet = unet or self._read_unet(dtype)
         except (OSError, ValueError) as error:
             raise ModelError(f"backbone.base: {source} can't be loaded as a diffusers folder: {error}") from error
         parts: tuple[nn.Module, ...] = (self.vae, self.text_encoder, unet)
@@ -104,6 +105,12 @@ class Backbone:
         self.tiny: Any = None  # an AutoencoderTiny
         self._text_cache: LRUCache[str, Tensor] = LRUCache(TEXT_CACHE)
         self._black: Tensor | None = None
+
+    def _read_unet(self, dtype: torch.dtype) -> nn.Module:
+        unet: nn.Module = UNet2DConditionModel.from_pretrained(
+            self.source / "unet", torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+        return unet
 
     @classmethod
     def load(cls, config: BackboneConfig, *, unet: nn.Module | None = None) -> Backbone:
@@ -219,11 +226,12 @@ class Backbone:
         Raises:
             ConfigError: A target matches no layer.
         """
-        unet = self.velocity.unet
         if config.full:
-            unet.requires_grad_(True)
-            unet.float()
+            if self.dtype != torch.float32:  # what was read in bf16 is rounded for good
+                self.velocity.unet = self._read_unet(torch.float32).to(self.device).eval()
+            self.velocity.unet.requires_grad_(True)
             return
+        unet = self.velocity.unet
         names = [name for name, _ in unet.named_modules()]
         dead = [t for t in config.targets if not any(n == t or n.endswith("." + t) for n in names)]
         if dead or not config.targets:

@@ -282,12 +282,13 @@ def _overview() -> str:
 def _show(summary: Any) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal can't show must not end a job that is done
         sys.stdout.reconfigure(errors="backslashreplace")
-    speed = f", {summary.rows_in / summary.seconds:.1f}/s" if summary.seconds else ""
+    rows = summary.rows_in - summary.resumed
+    pace = summary.pace or (f"{rows / summary.seconds:.1f}/s" if summary.seconds else "")
     resumed = f", {summary.resumed} of them done before" if summary.resumed else ""
     where = f" on {summary.where}" if summary.where else ""
     print(
         f"{summary.name}: {summary.rows_in} in, {summary.rows_out} out, {len(summary.refused)} refused{resumed}; "
-        f"{summary.seconds:.1f} s{speed}{where}; {summary.out}"
+        f"{summary.seconds:.1f} s{', ' if pace else ''}{pace}{where}; {summary.out}"
     )
     for row_id, reason in list(summary.refused.items())[:20]:
         print(f"  refused {row_id}: {reason}")

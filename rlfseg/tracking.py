@@ -31,7 +31,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context import registry as context
 from sqlalchemy.exc import SQLAlchemyError
 
-from rlfseg.config import TrackingConfig, flatten
+from rlfseg.config import TrackingConfig, flatten, without_passwords
 from rlfseg.errors import ConfigError, ModelError
 from rlfseg.outbox import Away, Number, Outbox, Refused, metric_name
 
@@ -66,9 +66,8 @@ def resolve_uri(uri: str | None = None, default_dir: Path = RUNS) -> str:
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{default_dir / 'mlflow.db'}"
     scheme, _, rest = uri.partition(":")
     if scheme.partition("+")[0] not in SCHEMES or rest in ("//", "///", "///:memory:"):
-        raise ConfigError(
-            f"tracking.uri: {uri!r} can't hold runs; give sqlite:///ABSOLUTE/PATH.db or a server's http(s)://HOST:PORT"
-        )
+        ways = "give sqlite:///ABSOLUTE/PATH.db or a server's http(s)://HOST:PORT"
+        raise ConfigError(f"tracking.uri: {without_passwords(uri)!r} can't hold runs; {ways}")
     return f"sqlite:///{Path(rest.removeprefix('///')).absolute()}" if scheme == "sqlite" else uri
 
 
@@ -121,8 +120,8 @@ class Run:
 
         Args:
             config: Where to record, and whether at all.
-            params: The resolved config as a tree. Its leaves become parameters; those over 1,000 characters are cut and
-                listed in the tag `rlfseg.truncated_params`. The artifact `config.yaml` has it whole.
+            params: The resolved config as a tree; URIs lose passwords. Its leaves become parameters; those over 1,000
+                characters are cut and listed in the tag `rlfseg.truncated_params`, `config.yaml` has them whole.
             run_name: Name, if the config gives none.
             tags: More tags.
             parent: Id of the training run that this run (an evaluation, a calibration) belongs to.
@@ -147,11 +146,12 @@ class Run:
                 run_id = client.create_run(experiment, tags=all_tags, run_name=config.run_name or run_name).info.run_id
         except (Away, Refused) as error:
             if isinstance(error, Refused) or uri.startswith("sqlite"):
-                raise ConfigError(f"tracking.uri: {uri} can't be used: {error}") from error
-            logger.warning("MLflow at %s is away; this job goes on without being recorded: %s", uri, error)
+                raise ConfigError(f"tracking.uri: {without_passwords(uri)} can't be used: {error}") from error
+            where = without_passwords(uri)
+            logger.warning("MLflow at %s is away; this job goes on without being recorded: %s", where, error)
             return cls(uri)
         run = cls(uri, run_id, unsent=default_dir.absolute() / f"unsent-{run_id}.jsonl")
-        run._log_params(params)
+        run._log_params(without_passwords(dict(params)))
         if system_metrics:
             run._watch()
         return run
@@ -255,8 +255,7 @@ class Run:
                 client.log_batch(run, params=entries[i : i + PARAMS_A_CALL])
 
         self._call("parameters", send)
-        long = [key for key, text in texts.items() if text.endswith(CUT)]
-        if long:
+        if long := [key for key, text in texts.items() if text.endswith(CUT)]:
             self.set_tags({TRUNCATED: ", ".join(long)})
 
     def _count_nonfinite(self, n: Number) -> tuple[str, str]:
@@ -347,9 +346,7 @@ def log_model_folder(
                 artifacts={"adapter": str(folder)},
                 signature=settings["SIGNATURE"],
                 input_example=settings["EXAMPLE"],
-                pip_requirements=[
-                    f"{package}=={version(package).partition('+')[0]}" for package in settings["PACKAGES"]
-                ],
+                pip_requirements=[f"{p}=={version(p).partition('+')[0]}" for p in settings["PACKAGES"]],
                 code_paths=[str(path) for path in code_paths] or None,
                 mlflow_model=Model(entry.artifact_location, run.id, model_uuid=entry.model_id, model_id=entry.model_id),
             )
@@ -360,6 +357,13 @@ def log_model_folder(
         logger.warning("the model in %s is not in MLflow: %s", folder, error)
         return None
     return f"models:/{entry.model_id}"
+
+
+def has_run(uri: str, run_id: str) -> bool:
+    """Whether that MLflow answers and knows the run: the one that recorded it, under another address."""
+    with contextlib.suppress(Away, Refused), _answers():
+        return bool(MlflowClient(uri, uri).get_run(run_id))
+    return False
 
 
 def download(reference: str, folder: Path | None = None, *, uri: str | None = None) -> Path:
@@ -383,7 +387,7 @@ def download(reference: str, folder: Path | None = None, *, uri: str | None = No
             target = str(folder) if folder else None
             return Path(mlflow.artifacts.download_artifacts(source, None, None, target, place, place))
     except (Away, Refused) as error:
-        raise ModelError(f"{reference}: can't be fetched from MLflow at {place}: {error}") from error
+        raise ModelError(f"{reference}: can't be fetched from MLflow at {without_passwords(place)}: {error}") from error
 
 
 def _location(client: MlflowClient, reference: str) -> str:
@@ -391,8 +395,6 @@ def _location(client: MlflowClient, reference: str) -> str:
     if not reference.startswith("models:/"):
         return reference
     name, *number = get_model_name_and_version(client, reference)
-    return (
-        client.get_model_version_download_uri(name, *number)
-        if number
-        else client.get_logged_model(name).artifact_location
-    )
+    if number:
+        return client.get_model_version_download_uri(name, *number)
+    return client.get_logged_model(name).artifact_location

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rlfseg import adapter, flow
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
-from rlfseg.config import OptimizerConfig, SamplingConfig, SpeedConfig, TrainConfig, as_dict
+from rlfseg.config import OptimizerConfig, SamplingConfig, SpeedConfig, TrainConfig, as_dict, without_passwords
 from rlfseg.errors import ModelError
 from rlfseg.metrics import Sums
 from rlfseg.segmenter import Segmenter
@@ -32,7 +32,7 @@ STATE = "state.pt"
 PROGRESS = "progress.json"
 # What a training may be resumed with another value of: it changes no weight, or only their last bits
 FREE = {
-    *("out", "latents", "samples", "val_samples", "storage", "keep", "tracking"),
+    *("out", "latents", "samples", "val_samples", "init", "storage", "keep", "tracking"),
     *("log_every", "checkpoint_every", "max_failures", "max_bad_steps", "min_workers", "cpus", "speed"),
 }
 
@@ -102,8 +102,9 @@ class TrainState:
                 processes with different numbers of batches pass processes / all batches.
 
         Returns:
-            Figures of this process: `loss`; `chose_refined`, the share of the phrases with a refined label that
-            learned from it; `lr`; `grad_norm` before clipping, of all processes; `skipped`, 1 if no weight moved.
+            Figures of this process: `loss`; `refined`, the number of phrases with a refined label; `chose_refined`, the
+            share of them that learned from it, 0 where there is none; `lr`; `grad_norm` before clipping, of all
+            processes; `skipped`, 1 if no weight moved.
         """
         lr = learning_rate(self.config.optimizer, self.step_number, self.total_steps)
         for group in self.optimizer.param_groups:
@@ -124,6 +125,7 @@ class TrainState:
         self.step_number += 1
         return {
             "loss": loss,
+            "refined": float(refined),
             "chose_refined": chosen / refined if refined else 0.0,
             "lr": lr,
             "grad_norm": norm,
@@ -188,7 +190,8 @@ class TrainState:
         torch.save({"optimizer": self.optimizer.state_dict()}, state)
         (folder / STATE).write_bytes(state.getbuffer())
         position = {"step": self.step_number, "epoch": self.epoch, "bad_steps": self.bad_steps}
-        (folder / PROGRESS).write_text(json.dumps(position | {"config": as_dict(self.config)}, indent=1))
+        config = without_passwords(as_dict(self.config))
+        (folder / PROGRESS).write_text(json.dumps(position | {"config": config}, indent=1))
 
     def load(self, folder: Path) -> None:
         """Goes on from a folder that `save` wrote.

@@ -20,8 +20,30 @@ from rlfseg.config import (
     as_dict,
     digest,
     flatten,
+    without_passwords,
 )
 from rlfseg.errors import BadSample, ConfigError, DataError, ModelError, ResourceError, RlfsegError
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("postgresql://u:p/w@host:5432/db", "postgresql://host:5432/db"),
+        ("mysql+pymysql://user@host/db", "mysql+pymysql://host/db"),
+        ("s3://KEY:SE%2FCRET@bucket/runs?region=x", "s3://bucket/runs?region=x"),
+        ("https://token@host/a@b", "https://host/a@b"),
+        ("s3://bucket/a@b", "s3://bucket/a@b"),
+        ("hf:owner/name@main", "hf:owner/name@main"),
+        ("sqlite:////a/b.db", "sqlite:////a/b.db"),
+        ("models:/name@alias", "models:/name@alias"),
+    ],
+)
+def test_what_others_may_read_has_no_user_and_no_password(uri: str, shown: str) -> None:
+    assert without_passwords({"a": [uri, 1], "b": {"c": uri}, "d": None}) == {
+        "a": [shown, 1],
+        "b": {"c": shown},
+        "d": None,
+    }
 
 
 def test_settings_are_frozen() -> None:

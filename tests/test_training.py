@@ -67,6 +67,24 @@ def test_a_step_is_equation_4_and_adamw_by_hand(batches: list[Batch]) -> None:
     assert far < 0.01 * sum(w.numel() for w in state.weights)
 
 
+def test_betas_and_weight_decay_are_adamws(batches: list[Batch]) -> None:
+    """Three steps by the update's formula, in float64, on the gradients that the steps had."""
+    lr, (b1, b2), decay = 1e-3, (0.5, 0.7), 0.5
+    state = make(optimizer=OptimizerConfig(lr=lr, betas=(b1, b2), weight_decay=decay, clip=None))
+    naive = [w.double() for w in weights(state)]
+    m, v = ([torch.zeros_like(w) for w in naive] for _ in range(2))
+    for n, batch in enumerate(batches[:3], 1):
+        state.step(batch)
+        for i, mine in enumerate(state.weights):
+            assert mine.grad is not None
+            g = mine.grad.double()
+            m[i], v[i] = b1 * m[i] + (1 - b1) * g, b2 * v[i] + (1 - b2) * g**2
+            step = (m[i] / (1 - b1**n)) / ((v[i] / (1 - b2**n)).sqrt() + 1e-8)
+            naive[i] = naive[i] * (1 - lr * decay) - lr * step
+    for a, b in zip(state.weights, naive, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-6)
+
+
 def test_training_learns(batches: list[Batch]) -> None:
     state = make(t_sampling="one")
     losses = [state.step(batches[0])["loss"] for _ in range(12)]

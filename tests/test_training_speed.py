@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlfseg import adapter
-from rlfseg.config import OptimizerConfig, SpeedConfig
+from rlfseg.backbone import Backbone
+from rlfseg.config import LoraConfig, OptimizerConfig, SpeedConfig
 from rlfseg.flow import flow_loss, sample_time
 from rlfseg.training import Batch, TrainState
 from tests.trained import TINY, drawn_batches, eight, gradients, joined, make
@@ -43,6 +44,18 @@ def test_bf16_arithmetic_leaves_the_trained_weights_and_their_moments_in_fp32(ba
     assert {m.dtype for m in moments} == {torch.float32}
     assert b["loss"] == pytest.approx(a["loss"], rel=0.05)
     assert torch.cosine_similarity(gradients(exact), gradients(rough), dim=0) > 0.95
+
+
+def test_all_weights_of_the_unet_start_as_they_are_in_the_file_also_beside_bf16() -> None:
+    backbone = Backbone.load(dataclasses.replace(TINY, dtype="bf16"))
+    backbone.add_lora(LoraConfig(full=True))
+    own = load_file(backbone.source / "unet" / "diffusion_pytorch_model.safetensors")
+    got = backbone.velocity.unet.state_dict()
+    assert got.keys() == own.keys()
+    assert all(torch.equal(got[name], weight.float()) for name, weight in own.items())
+    assert any((weight.float() != weight.bfloat16().float()).any() for weight in own.values())  # bf16 would round them
+    assert len(backbone.trainable()) == len(own)
+    assert {w.dtype for w in backbone.vae.parameters()} == {torch.bfloat16}
 
 
 def test_fused_adamw_is_adamw(batches: list[Batch]) -> None:

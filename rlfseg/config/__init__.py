@@ -49,6 +49,7 @@ from rlfseg.config.parts import (
     as_dict,
     digest,
     flatten,
+    without_passwords,
 )
 from rlfseg.config.serving import (
     LOOPBACK,
@@ -106,4 +107,5 @@ __all__ = [
     "as_dict",
     "digest",
     "flatten",
+    "without_passwords",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -32,6 +33,7 @@ OutFolder = Annotated[str, AfterValidator(_local)]
 ASSETS = Path(__file__).parents[1] / "assets"  # the drawn world's weights
 SD_V15 = "hf:stable-diffusion-v1-5/stable-diffusion-v1-5"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+USER_INFO = re.compile(r"(\w://)[^/@\s]*(?::[^@\s]*)?@")  # of a URI; SQLAlchemy takes a slash in a password
 EVERY_LAYER = (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_in", "conv_out")
 
 
@@ -137,6 +139,15 @@ class TrackingConfig:
 def as_dict(config: Any) -> dict[str, Any]:
     """A config as plain nested dicts and lists, ready for JSON and YAML."""
     return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+
+
+def without_passwords(tree: Any) -> Any:
+    """A text, or a tree of plain values, whose URIs have lost their user names and passwords: for others to read."""
+    if isinstance(tree, dict):
+        return {key: without_passwords(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [without_passwords(value) for value in tree]
+    return USER_INFO.sub(r"\1", tree) if isinstance(tree, str) else tree
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

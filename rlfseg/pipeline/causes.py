@@ -39,8 +39,7 @@ def full_disk(error: BaseException, out: Path) -> ResourceError | None:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """A chain of causes, as Ray Data and Ray Train nest them."""
+    """A chain of causes, as Ray nests them."""
     while error is not None:
         yield error
-        of_workers = getattr(error, "worker_failures", {}).values()
-        error = next(iter(of_workers), None) or getattr(error, "cause", None) or error.__cause__
+        error = getattr(error, "cause", None) or error.__cause__

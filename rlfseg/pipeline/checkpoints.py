@@ -21,9 +21,19 @@ from uuid import uuid4
 import fsspec
 import pyarrow as pa
 import stamina
-from pyarrow.fs import FileSelector, FileSystem, FileType, FSSpecHandler, PyFileSystem, S3FileSystem, copy_files
+from pyarrow.fs import (
+    FileSelector,
+    FileSystem,
+    FileType,
+    FSSpecHandler,
+    LocalFileSystem,
+    PyFileSystem,
+    S3FileSystem,
+    copy_files,
+)
 from ray.train import Checkpoint
 
+from rlfseg.config import without_passwords
 from rlfseg.errors import ConfigError, ResourceError
 
 SEAL = "files.json"
@@ -67,20 +77,44 @@ class Store:
         storage: Folder or URI that all nodes see.
         name: Of the training; the same name is the same training.
 
+    Attributes:
+        shown: `storage` for people, without a password.
+
     Raises:
         ConfigError: Nothing that pyarrow or fsspec can write to.
     """
 
     def __init__(self, storage: str, name: str):
-        self.storage, self.name = storage, name
+        self.storage, self.name, self.shown = storage, name, without_passwords(storage)
         self.filesystem, self.root = _open(storage)
         self.folder = Path(self.root, name).as_posix()  # as Ray Train writes it
+
+    def ready(self) -> None:
+        """Writes and deletes a file, and mends what an earlier start has left; before anything is computed.
+
+        Raises:
+            ConfigError: That can't be done.
+        """
+        path = f"{self.folder}/.{uuid4().hex}"
+        try:
+            self.filesystem.create_dir(self.folder, recursive=True)
+            with self.filesystem.open_output_stream(path) as file:
+                file.write(b"rlfseg")
+            self.filesystem.delete_file(path)
+            self._mend()
+        except OSError as error:
+            raise ConfigError(f"storage: {self.shown} can't be written to: {error}") from error
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """All that lie there, whole or not, the latest step first."""
         infos = self.filesystem.get_file_info(FileSelector(self.folder, allow_not_found=True))
         names = sorted((i.base_name for i in infos if i.base_name.startswith(PREFIX)), reverse=True)
         return (self.checkpoint(name) for name in names)
+
+    def newest_step(self) -> int:
+        """Of the newest checkpoint, whole or not; 0 where there is none."""
+        newest = next(self.newest_first(), None)
+        return int(Path(newest.path).name.split("-")[1]) if newest else 0
 
     def whole(self) -> Iterator[tuple[Checkpoint, Path]]:
         """Those whose seal holds, the latest step first, each with its files on this machine while it is looked at."""
@@ -105,18 +139,24 @@ class Store:
             ResourceError: It can't be written; nothing of it is left.
         """
         name = f"{PREFIX}{step:08d}-{uuid4().hex[:8]}"  # never twice: a repeated step must not mix with its first try
+        uploading = False
         try:
             for attempt in stamina.retry_context(
                 on=OSError, attempts=TRIES, timeout=None, wait_initial=FIRST_WAIT, wait_max=60.0, wait_jitter=0.0
             ):
                 with attempt, tempfile.TemporaryDirectory(prefix="rlfseg-") as local:
+                    uploading = False
                     save(Path(local))
                     seal(Path(local))
+                    uploading = True
                     self._upload(local, name)
         except OSError as error:
-            why = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+            # What goes to a bucket is written, and read back, on this machine
+            is_storage = uploading and isinstance(self.filesystem, LocalFileSystem)
+            full = "the disk is full" if is_storage else f"the disk of {tempfile.gettempdir()} here is full"
+            why = full if error.errno == errno.ENOSPC else str(error)
             raise ResourceError(
-                f"storage: the checkpoint of step {step} can't be written to {self.storage}: {why}. The one before is "
+                f"storage: the checkpoint of step {step} can't be written to {self.shown}: {why}. The one before is "
                 "kept; make room and give the same command again to go on from there"
             ) from error
         return self.checkpoint(name)
@@ -132,7 +172,7 @@ class Store:
             if kept and checkpoint.path not in kept:
                 self.discard(checkpoint)
 
-    def mend(self) -> None:
+    def _mend(self) -> None:
         """Removes Ray's list of checkpoints if half of it is missing: a death or a full disk while it was written."""
         path = f"{self.folder}/{REGISTRY}"
         try:
@@ -175,9 +215,10 @@ def _open(storage: str) -> tuple[FileSystem, str]:
     except pa.ArrowInvalid:
         pass  # not one of pyarrow's own
     except OSError as error:
-        raise ConfigError(f"storage: {storage} can't be reached: {error}") from error
+        raise ConfigError(f"storage: {without_passwords(storage)} can't be reached: {error}") from error
     try:
         filesystem, path = fsspec.core.url_to_fs(storage)
     except (ValueError, ImportError, OSError) as error:
-        raise ConfigError(f"storage: {storage!r} is no folder and no URI that can be written to: {error}") from error
+        shown = without_passwords(storage)
+        raise ConfigError(f"storage: {shown!r} is no folder and no URI that can be written to: {error}") from error
     return PyFileSystem(FSSpecHandler(filesystem)), path

@@ -1,25 +1,34 @@
 """Output folders that are whole or unfinished, never in doubt.
 
-`_STARTED.json` is written before the first row, `_SUCCESS.json` after the last.
+`_STARTED.json` is written before the first row, `_SUCCESS.json` after the last; `_lock` is held while a job runs.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from hashlib import file_digest, sha256
 from pathlib import Path
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from rlfseg.config import digest
-from rlfseg.errors import ConfigError, DataError
+from rlfseg.errors import ConfigError, DataError, ModelError
 from rlfseg.pipeline.rows import OK, Row
 
-WEIGHTS = (".safetensors", ".pth")
+STARTED = "_STARTED.json"
+# What diffusers, transformers and peft load; not another tool's variant beside it, model.fp16.safetensors for example
+WEIGHTS = re.compile(r"(diffusion_pytorch_|adapter_)?model(-\d+-of-\d+)?\.safetensors")
+
+logger = logging.getLogger(__name__)
 
 
 def begin(out: Path, identity: Row) -> str:
@@ -35,7 +44,7 @@ def begin(out: Path, identity: Row) -> str:
     Raises:
         DataError: The folder belongs to a job with other settings or inputs; names the fields.
     """
-    started = out / "_STARTED.json"
+    started = out / STARTED
     if started.exists():
         known = identity_of(read_json(started), out)
         now = json.loads(json.dumps(identity))
@@ -52,15 +61,51 @@ def begin(out: Path, identity: Row) -> str:
     if out.exists() and any(out.iterdir()):
         raise DataError(f"{out} is not empty and was not written by this command; give another `out`")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(started, {"schema": 1, "hash": digest(identity), "identity": identity})
+    write_json(started, {"schema": 1, "id": uuid4().hex[:12], "hash": digest(identity), "identity": identity})
     return "new"
 
 
 def unseen(out: Path) -> ConfigError | None:
     """The error of a node that doesn't see a folder which a job has claimed on another; None where it does."""
-    if (out / "_STARTED.json").is_file():
+    if (out / STARTED).is_file():
         return None
     return ConfigError(f"out: {out} is not seen by {os.uname().nodename}; all nodes must share it, under the same path")
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Keeps a second start of the same job out of a claimed folder; the lock ends with this process, however it ends.
+
+    Args:
+        out: A folder that `begin` has claimed.
+
+    Yields:
+        Nothing, while no other process works in the folder.
+
+    Raises:
+        DataError: Another process does.
+    """
+    lock = FileLock(out / "_lock", timeout=0, fallback_to_soft=False)  # a soft one would outlive a process killed
+    with ExitStack() as held:
+        try:
+            held.enter_context(lock)
+        except Timeout:
+            raise DataError(f"{out}: this job runs already; wait for it, or stop it") from None
+        except OSError as error:  # NFS without its lock daemon, a mounted bucket
+            logger.warning("%s can't be locked (%s); start nothing else that writes there", out, error)
+        yield
+
+
+def unclaim(out: Path, error: BaseException | None, begun: Callable[[], object]) -> None:
+    """Removes the folder of a job that failed by its settings before it had anything to keep: they claim no folder.
+
+    Args:
+        out: A folder that `begin` has claimed.
+        error: Why the job failed.
+        begun: Tells whether there is anything to keep.
+    """
+    if isinstance(error, ConfigError | ModelError) and not begun():
+        shutil.rmtree(out)
 
 
 def finish(out: Path, identity: Row, counts: Row) -> None:
@@ -82,11 +127,7 @@ def require_finished(folder: Path) -> Row:
     """
     path = folder / "_SUCCESS.json"
     if not path.is_file():
-        state = (
-            "unfinished: start the same command again"
-            if (folder / "_STARTED.json").exists()
-            else "not an rlfseg folder"
-        )
+        state = "unfinished: start the same command again" if (folder / STARTED).exists() else "not an rlfseg folder"
         raise DataError(f"{folder} is {state} (no _SUCCESS.json)")
     return read_json(path)
 
@@ -106,17 +147,17 @@ def stamp(path: str | Path) -> tuple[int, int] | None:
 
 
 def weights(*places: Path) -> str:
-    """Short hash of the weights in files and folders, whatever their names: 5 GB take a few seconds.
+    """Short hash of the weights in files and folders: 5 GB take a few seconds.
 
     Args:
-        *places: A file, or a folder whose .safetensors and .pth files count.
+        *places: A file, or a folder of which those files count that are loaded as weights.
 
     Returns:
         Another one where the weights are others.
     """
     sums = sha256()
     for place in places:
-        for path in [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.suffix in WEIGHTS):
+        for path in [place] if place.is_file() else sorted(p for p in place.rglob("*") if WEIGHTS.fullmatch(p.name)):
             with path.open("rb") as file:
                 sums.update(file_digest(file, "sha256").digest())
     return sums.hexdigest()[:12]

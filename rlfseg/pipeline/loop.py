@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +21,10 @@ from ray.train import CheckpointUploadMode
 from ray.train.torch import prepare_model
 from torch import distributed
 
-from rlfseg import adapter, draw, tracking
+from rlfseg import draw, tracking
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
-from rlfseg.config import TrainConfig, as_dict
+from rlfseg.config import TrainConfig, as_dict, without_passwords
 from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
 from rlfseg.metrics import Sums
 from rlfseg.pipeline.checkpoints import Store
@@ -38,7 +38,9 @@ from rlfseg.training import Batch, Labelled, TrainState
 
 SHOWN = 4  # validation pictures on an overlay sheet
 SCORE = "score"  # what the best checkpoints are chosen by
-SHOWN_FIGURES = ("loss", "chose_refined", "lr", "grad_norm")
+MEANS = ("loss", "lr", "grad_norm")  # over steps and phrases
+SHOWN_FIGURES = (*MEANS, "chose_refined")
+TAIL = 4096  # bytes of the curve that hold its last rows
 CURVE, SKIPPED, LEFT_OUT = "curve.jsonl", "skipped.jsonl", "left_out.json"
 
 logger = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class Job:
         data: What is trained on, for the adapter's card.
         uri: MLflow's address.
         run_id: The run; None where nothing is recorded.
+        init: Folder of the adapter to start from.
     """
 
     config: TrainConfig
@@ -69,6 +72,7 @@ class Job:
     data: str
     uri: str
     run_id: str | None
+    init: Path | None = None
 
 
 class Stop(Exception):
@@ -146,8 +150,8 @@ class Loop:
         if newest:
             with self.store.checkpoint(Path(newest).name).as_directory() as folder:
                 self.state.load(Path(folder))
-        elif self.config.init:
-            self.state.backbone.load_weights(adapter.resolve(self.config.init))
+        elif self.job.init:
+            self.state.backbone.load_weights(self.job.init)
         self.recorded.set_tags({"rlfseg.started_at_step": str(self.state.step_number)})
 
     def _epoch(self) -> None:
@@ -163,7 +167,9 @@ class Loop:
             last = state.step_number >= self.job.total_steps
             validate = last or state.step_number % config.validate_every == 0
             stop = state.bad_steps > config.max_bad_steps
-            if validate or stop or state.step_number % config.checkpoint_every == 0:
+            due = validate or state.step_number % config.checkpoint_every == 0
+            # While no weight moves, a checkpoint would only push out an older one
+            if last or stop or (due and not state.bad_steps):
                 self._report(validate=validate)
             if stop:
                 raise Stop(self._diverged(figures))
@@ -212,11 +218,13 @@ class Loop:
         self.recorded.log_metrics({"train/skipped": 1.0}, self.state.step_number)
 
     def _diverged(self, figures: Figures) -> DataError:
+        step, bad = self.state.step_number, self.state.bad_steps
         return DataError(
-            f"step {self.state.step_number}: the gradient is {figures['grad_norm']} for {self.state.bad_steps} "
-            f"steps in a row, more than max_bad_steps: {self.config.max_bad_steps}; look at the phrases in "
-            f"{self.job.out / SKIPPED}, or train into another `out` with a lower optimizer.lr, and with `init` if not "
-            f"anew: the newest checkpoint in {self.job.storage}/{self.job.name} has the last good weights"
+            f"step {step}: the gradient is {figures['grad_norm']} for {bad} steps in a row, more than max_bad_steps: "
+            f"{self.config.max_bad_steps}; look at the phrases in {self.job.out / SKIPPED}, or train into another "
+            "`out` with a lower optimizer.lr, and with `init` if not anew: the newest checkpoint in "
+            f"{self.store.shown}/{self.job.name} has the weights as they were at step {step - bad} (the last whose "
+            "gradient was finite), the one before those of a regular checkpoint"
         )
 
     # --- between ranks -----------------------------------------------------------------------------------------
@@ -265,16 +273,31 @@ class Meter:
         self.rows.append(figures)
         if step % self.every:
             return
-        good = [r for r in self.rows if not r["skipped"]]
-        own = {k: self.share * sum(r[k] for r in good) / len(good) for k in SHOWN_FIGURES} if good else {}
-        parts = self.from_all(own)
-        now = time.monotonic()
-        speed = len(self.rows) * self.phrases / (now - self.start)
-        row = {k: math.fsum(p[k] for p in parts) for k in own} | {"samples_per_second": speed}
+        if (
+            len(self.rows) == self.every
+        ):  # fewer after a resume between two entries: no mean of what an entry stands for
+            self._log(step)
+        self.rows, self.start = [], time.monotonic()
+
+    def _log(self, step: int) -> None:
+        parts = self.from_all(self._own())
+        total = {k: math.fsum(p[k] for p in parts) for k in parts[0]}
+        chosen, refined = total.pop("chosen"), total.pop("refined")
+        speed = len(self.rows) * self.phrases / (time.monotonic() - self.start)
+        row = total | ({"chose_refined": chosen / refined} if refined else {})
+        row |= {"samples_per_second": speed, "workers": float(len(parts))}
         self.recorded.log_metrics({f"train/{k}": v for k, v in row.items()}, step)
         if self.out:
             _append(self.out / CURVE, {"step": step, **row})
-        self.rows, self.start = [], now
+
+    def _own(self) -> Figures:
+        """This rank's part of each mean, and its counts of labels."""
+        good = [r for r in self.rows if not r["skipped"]]
+        counts = {
+            "chosen": sum(r["chose_refined"] * r["refined"] for r in good),
+            "refined": sum(r["refined"] for r in good),
+        }
+        return counts | {k: self.share * sum(r[k] for r in good) / len(good) for k in MEANS if good}
 
 
 def _watched_machine(job: Job) -> tracking.Run:
@@ -325,7 +348,7 @@ def _card(job: Job) -> Card:
         full=config.lora.full,
         data=job.data,
         run_id=job.run_id or "",
-        config=as_dict(config),
+        config=without_passwords(as_dict(config)),
     )
 
 
@@ -341,6 +364,17 @@ def spared(path: Path) -> Iterator[None]:
 def _append(path: Path, row: Row) -> None:
     with spared(path), path.open("a") as lines:
         lines.write(json.dumps(row) + "\n")
+
+
+def latest(out: Path) -> Row:
+    """The last whole row of the curve, read from its end: a driver asks twice a second."""
+    with suppress(OSError), (out / CURVE).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+        for line in reversed(file.read().splitlines()):
+            with suppress(ValueError):  # half written
+                row: Row = json.loads(line)
+                return row
+    return {}
 
 
 def read_curve(out: Path) -> list[Row]:

@@ -89,6 +89,7 @@ class Summary:
     refused: dict[str, str]
     seconds: float
     resumed: int = 0
+    pace: str = ""  # how fast it was, where rows a second don't tell
     where: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

@@ -20,14 +20,24 @@ from ray.train.torch import TorchTrainer
 
 from rlfseg import adapter, draw, tracking
 from rlfseg.backbone import count_cut
-from rlfseg.config import TrainConfig, as_dict, digest
+from rlfseg.config import TrainConfig, as_dict, without_passwords
 from rlfseg.errors import ConfigError, ModelError, ResourceError, RlfsegError
 from rlfseg.hub import resolve_base
 from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
-from rlfseg.pipeline.folders import begin, finish, read_json, require_finished, weights, write_json
+from rlfseg.pipeline.folders import (
+    STARTED,
+    alone,
+    begin,
+    finish,
+    read_json,
+    require_finished,
+    unclaim,
+    weights,
+    write_json,
+)
 from rlfseg.pipeline.ingest import steps_per_epoch
-from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, read_curve, spared, work
+from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, latest, read_curve, spared, work
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
@@ -37,6 +47,7 @@ from rlfseg.training import PROGRESS, STATE, binding
 
 logger = logging.getLogger(__name__)
 
+NO_ADAPTER = shutil.ignore_patterns(STATE, PROGRESS, SEAL, ".*")  # of a checkpoint
 START_TIMEOUT_S = "300"  # of a group of workers; Ray's own is 60 and it would try for ever
 
 
@@ -52,7 +63,7 @@ def run(config: TrainConfig) -> Summary:
     Raises:
         ConfigError: The data is smaller than one step, the latents are of another base or resolution, or there are no
             refined labels and `selection` wants them.
-        DataError: The latents are unfinished, or the gradient stays NaN.
+        DataError: The latents are unfinished, the gradient stays NaN, or another process trains into `out`.
         ModelError: The checkpoints are of other settings.
         ResourceError: The cluster is too small, or the checkpoints' disk is full.
     """
@@ -65,38 +76,67 @@ def run(config: TrainConfig) -> Summary:
     phrases, steps = int(source.counts.sum()), steps_per_epoch(source.counts, config)
     _check(config, source, steps)
     base = resolve_base(config.backbone.base)  # downloads once, before the workers ask for it all at once
-    if config.init:
-        _check_init(config, base)
+    init = _found_init(config, base) if config.init else None
     total = int(min(config.max_steps or math.inf, config.epochs * steps))
     identity = binding(as_dict(config)) | {"data": source.fingerprint, "val_data": held_out}
     identity |= {"weights": weights(*(base / part for part in ("unet", "vae", "text_encoder")))}
+    identity |= {"init": weights(init) if init else None}  # whatever its name: an alias may move
     state = begin(out, identity)
     if state == "done":
-        return _summary(out, require_finished(out), 0.0, resumed=total)
-    connect()
-    least = config.min_workers or config.workers
-    check_budget("train", least * (config.cpus + 1) + 1, least if _use_gpu(config) else 0)
-    store = Store(config.storage or str(out / "checkpoints"), f"{out.name}-{digest(identity)}")
-    if state == "resume":
-        store.mend()
-    with _tracked(config, out) as recorded:
-        job = Job(
-            config=config,
-            out=out,
-            storage=store.storage,
-            name=store.name,
-            total_steps=total,
-            data=_described(config, source),
-            uri=recorded.uri,
-            run_id=recorded.id,
-        )
-        with Progress("train", total=total, count=lambda: _steps_done(out), unit="steps", tell=lambda: _loss(out)):
-            listed = _fit(job, store)
-        counts = {"rows_in": phrases, "rows_out": phrases, "refused": {}} | _publish(job, store, recorded)
-        counts |= {"notes": _notes(job, source, base, steps), "where": _where(config)}
-        store.sweep(listed)
-    finish(out, identity, counts)
-    return _summary(out, counts, time.monotonic() - start)
+        return _summary(out, require_finished(out), 0.0, resumed=phrases)
+    with alone(out):
+        connect()
+        least = config.min_workers or config.workers
+        check_budget("train", least * (config.cpus + 1) + 1, least if _use_gpu(config) else 0)
+        store = _ready_store(config, out, state)
+        before = store.newest_step()
+        with _tracked(config, out) as recorded:
+            job = Job(
+                config=config,
+                out=out,
+                storage=store.storage,
+                name=store.name,
+                total_steps=total,
+                data=_described(config, source),
+                uri=recorded.uri,
+                run_id=recorded.id,
+                init=_kept(init, out) if init else None,
+            )
+            counts = {"rows_in": phrases, "rows_out": phrases, "refused": {}} | _train(job, store, recorded)
+            counts |= {"notes": _notes(job, source, base, steps), "where": _where(config)}
+        finish(out, identity, counts)
+    return _summary(out, counts, time.monotonic() - start, steps=total - before)
+
+
+def _train(job: Job, store: Store, recorded: tracking.Run) -> Row:
+    """Trains, publishes the best checkpoint and deletes what deaths have left; returns what is to be told of it."""
+
+    def done() -> int:
+        return int(latest(job.out).get("step", 0))
+
+    def loss() -> str:
+        row = latest(job.out)
+        return f"loss {row['loss']:.4f}" if "loss" in row else ""
+
+    with Progress("train", total=job.total_steps, count=done, unit="steps", tell=loss):
+        listed = _fit(job, store)
+    counts = _publish(job, store, recorded)
+    store.sweep(listed)
+    return counts
+
+
+def _ready_store(config: TrainConfig, out: Path, state: str) -> Store:
+    """Where the checkpoints go, tried out."""
+    started = read_json(out / STARTED)
+    # Ray resumes any run of the same name, so no other training has it, in a storage that many of them share
+    name = f"{out.name}-{started.get('id', started['hash'])}"
+    try:
+        store = Store(config.storage or str(out / "checkpoints"), name)
+        store.ready()
+    except ConfigError as error:
+        unclaim(out, error, lambda: state == "resume")
+        raise
+    return store
 
 
 def odd_phrases(captions: Iterable[list[str]], base: Path) -> list[str]:
@@ -162,13 +202,29 @@ def _check(config: TrainConfig, source: Source, steps: int) -> None:
         raise ConfigError(f"min_workers: {config.min_workers} is more than workers: {config.workers}")
 
 
-def _check_init(config: TrainConfig, base: Path) -> None:
-    card = adapter.read_card(adapter.resolve(str(config.init)))
+def _found_init(config: TrainConfig, base: Path) -> Path:
+    """The folder of the adapter to start from, which fits."""
+    found = adapter.resolve(str(config.init), uri=config.tracking.uri)
+    card = adapter.read_card(found)
     there = {"base": card.base_weights or card.base, "lora": card.config.get("lora")}
     own = adapter.weights_hash(base) if card.base_weights else config.backbone.base
     here = {"base": own, "lora": as_dict(config)["lora"]}
     if wrong := [f"{k} ({there[k]!r} there, {here[k]!r} here)" for k in here if there[k] != here[k]]:
         raise ConfigError(f"init: {config.init} was trained with other settings: {'; '.join(wrong)}; use the same")
+    return found
+
+
+def _kept(init: Path, out: Path) -> Path:
+    """The adapter to start from, copied once into `out`, which all nodes see."""
+    target, half = out / "init", out / ".init.tmp"
+    if not target.exists():
+        try:
+            shutil.rmtree(half, ignore_errors=True)
+            shutil.copytree(init, half, ignore=NO_ADAPTER)
+            half.rename(target)
+        except OSError as error:
+            raise ResourceError(f"out: {target} can't be written: {error}") from error
+    return target
 
 
 def _fit(job: Job, store: Store) -> set[str]:
@@ -185,7 +241,7 @@ def _fit(job: Job, store: Store) -> set[str]:
             resources_per_worker={"CPU": config.cpus} | ({"GPU": 1} if use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=job.name,  # Ray resumes any run of the same name, so it holds the hash of the settings
+            name=job.name,
             storage_path=store.root,
             storage_filesystem=store.filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
@@ -196,8 +252,7 @@ def _fit(job: Job, store: Store) -> set[str]:
         result: Any = trainer.fit()
     except TrainingFailedError as error:
         cause = _cause(error, job)
-        if isinstance(cause, ConfigError | ModelError) and not any(store.newest_first()):
-            shutil.rmtree(job.out)  # settings that never worked claim no folder
+        unclaim(job.out, cause, lambda: any(store.newest_first()))
         raise cause from None
     if isinstance(result.return_value, RlfsegError):
         raise result.return_value
@@ -207,18 +262,22 @@ def _fit(job: Job, store: Store) -> set[str]:
 
 def _cause(error: TrainingFailedError, job: Job) -> RlfsegError:
     """What the user must see of it: our own error on whatever rank, else one line on what ended a worker."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [getattr(error, "controller_failure", error)]
+    of_workers = list(getattr(error, "worker_failures", {}).values())
+    # A dead worker is seen as a check of its health that failed
+    failures = [
+        getattr(f, "health_check_failure", f) for f in of_workers or [getattr(error, "controller_failure", error)]
+    ]
     if ours := next(filter(None, map(our_cause, failures)), None):
         return ours
-    # A dead worker is seen as a check of its health that failed; where one dies, the others fail for want of it
-    failures = [getattr(f, "health_check_failure", f) for f in failures]
+    # Where one dies, the others fail for want of it
     first = next((f for f in failures if isinstance(f, RayActorError)), failures[0])
     # What Ray carried here from a worker is a traceback, and its last line the error
     lines = str(first).strip().splitlines()[-1:] if isinstance(first, RayTaskError) else str(first).split()
     text = " ".join(lines)[:300]
+    what = f"a worker failed, more often than max_failures: {job.config.max_failures}"
     fix = "lower batch_size and raise accumulate, by the same factor, or set speed.gradient_checkpointing; then "
     return ResourceError(
-        f"a worker failed, more often than max_failures: {job.config.max_failures}: {text}; "
+        f"{what if of_workers else 'what starts the workers failed'}: {text}; "
         f"{fix if 'out of memory' in text.lower() else ''}the same command goes on from the newest checkpoint"
     )
 
@@ -242,7 +301,7 @@ def _publish(job: Job, store: Store, recorded: tracking.Run) -> Row:
         step, metrics = _copy_best(store, target)
     except OSError as error:
         raise ResourceError(
-            f"out: {target} can't be written: {error}. All steps are done, and kept in {store.storage}; make room and "
+            f"out: {target} can't be written: {error}. All steps are done, and kept in {store.shown}; make room and "
             "give the same command again"
         ) from error
     curve = read_curve(job.out)
@@ -263,24 +322,33 @@ def _copy_best(store: Store, target: Path) -> tuple[int, dict[str, float]]:
         card, done = adapter.read_card(folder), json.loads((folder / PROGRESS).read_text())["step"]
         if step < 0 or card.metrics.get("miou", -1.0) > metrics.get("miou", -1.0):
             shutil.rmtree(target, ignore_errors=True)
-            shutil.copytree(folder, target, ignore=shutil.ignore_patterns(STATE, PROGRESS, SEAL, ".*"))
+            shutil.copytree(folder, target, ignore=NO_ADAPTER)
             metrics, step = card.metrics, done
     if step < 0:
-        raise ModelError(f"{store.storage}: none of the checkpoints is whole; give another `out` to train anew")
+        raise ModelError(f"{store.shown}: none of the checkpoints is whole; give another `out` to train anew")
     return step, metrics
 
 
 def _tracked(config: TrainConfig, out: Path) -> tracking.Run:
-    """The MLflow run of this training: a new one, or on resume the one that it had."""
-    note = out / "mlflow.json"
-    if note.is_file():
-        known = json.loads(note.read_text())
-        return tracking.Run.resume(known["uri"], known["run_id"], default_dir=out)
-    recorded = tracking.Run.start(
-        config.tracking, params=as_dict(config), run_name=out.name, tags={"rlfseg.stage": "train"}
-    )
+    """The MLflow run of this training: a new one, or on resume the one that it had, if it is to be recorded there."""
+    note, tags = out / "mlflow.json", {"rlfseg.stage": "train"}
+    if config.tracking.enabled and note.is_file():
+        known = read_json(note)
+        asked = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")  # not the default, another in each folder
+        uri = tracking.resolve_uri(asked) if asked else known["uri"]
+        if without_passwords(uri) == known["uri"]:
+            return tracking.Run.resume(uri, known["run_id"], default_dir=out)
+        if tracking.has_run(uri, known["run_id"]):  # the same MLflow under another address
+            write_json(note, known | {"uri": without_passwords(uri)})
+            return tracking.Run.resume(uri, known["run_id"], default_dir=out)
+        logger.warning(
+            "tracking.uri: this training's run %s is at %s and not at %s; what follows goes into a new one there",
+            *(known["run_id"], known["uri"], without_passwords(uri)),
+        )
+        tags["rlfseg.continues"] = known["run_id"]
+    recorded = tracking.Run.start(config.tracking, params=as_dict(config), run_name=out.name, tags=tags)
     if recorded.id:
-        write_json(note, {"uri": recorded.uri, "run_id": recorded.id})
+        write_json(note, {"uri": without_passwords(recorded.uri), "run_id": recorded.id})
         if recorded.uri.startswith("sqlite") and sum(node["Alive"] for node in ray.nodes()) > 1:
             logger.warning(
                 "tracking.uri: %s is a file of this node, and there are others: a worker there records nothing here; "
@@ -295,17 +363,7 @@ def _use_gpu(config: TrainConfig) -> bool:
     return wanted == "cuda" or (wanted == "auto" and ray.cluster_resources().get("GPU", 0) > 0)
 
 
-def _steps_done(out: Path) -> int:
-    curve = read_curve(out)
-    return int(curve[-1]["step"]) if curve else 0
-
-
-def _loss(out: Path) -> str:
-    curve = read_curve(out)
-    return f"loss {curve[-1]['loss']:.4f}" if curve and "loss" in curve[-1] else ""
-
-
-def _summary(out: Path, counts: Row, seconds: float, resumed: int = 0) -> Summary:
+def _summary(out: Path, counts: Row, seconds: float, resumed: int = 0, steps: int = 0) -> Summary:
     return Summary(
         name="train",
         out=str(out / "adapter"),
@@ -314,6 +372,7 @@ def _summary(out: Path, counts: Row, seconds: float, resumed: int = 0) -> Summar
         refused={},
         seconds=seconds,
         resumed=resumed,
+        pace=f"{steps} of {counts['steps']} steps, {steps / seconds:.1f} steps/s" if seconds else "",
         where=counts.get("where", ""),
         figures=counts["figures"],
         notes=tuple(counts.get("notes", ())),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -200,6 +202,19 @@ except ResourceError as error:
     assert contents(store) == ["first"]
 
 
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("uploading", [False, True])
+def test_the_disk_that_is_full_is_named(store: Store, monkeypatch: pytest.MonkeyPatch, uploading: bool) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if uploading:
+        monkeypatch.setattr(checkpoints, "copy_files", full)
+    place = "the disk is full" if uploading else f"the disk of {tempfile.gettempdir()} here is full"
+    with pytest.raises(ResourceError, match=rf"can't be written to {store.storage}: {place}\. The one before"):
+        store.keep(3, save("x") if uploading else full)
+
+
 # --- Ray's list of checkpoints ------------------------------------------------------------------------------------
 
 
@@ -207,13 +222,13 @@ except ResourceError as error:
 def test_half_a_list_is_dropped_and_a_whole_one_kept(store: Store, text: str) -> None:
     name = Path(store.keep(1, save("x")).path).name
     registry = Path(store.folder) / REGISTRY
-    store.mend()
+    store.ready()
     whole = f'{{"checkpoint_results": [{{"checkpoint_dir_name": "{name}"}}]}}'
     registry.write_text(whole)
-    store.mend()
+    store.ready()
     assert registry.exists()
     registry.write_text(whole.replace(name, "step-00000009-gone") if text == "GONE" else text)
-    store.mend()
+    store.ready()
     assert not registry.exists()
     assert contents(store) == ["x"]
 

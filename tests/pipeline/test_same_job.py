@@ -16,7 +16,7 @@ import pytest
 from pydantic import ValidationError
 from ray.exceptions import RayActorError, RayTaskError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from rlfseg import adapter, cli, hdf5
 from rlfseg.config import (
@@ -154,7 +154,10 @@ def test_train_knows_its_base_and_the_autoencoder_of_its_latents(base: BackboneC
     folder = latents(tmp_path / "latents", base, [None])
     config = TrainConfig(latents=str(folder), out=str(tmp_path / "out"), backbone=base, batch_size=1)
     starts(lambda: train.run(config))
-    swap(next(Path(base.base, "unet").glob("*.safetensors")))
+    own = next(Path(base.base, "unet").glob("*.safetensors"))
+    shutil.copy(own, own.with_suffix(".fp16.safetensors"))
+    starts(lambda: train.run(config))  # another tool's: nothing here loads it
+    swap(own)
     refuses(lambda: train.run(config), "weights")
     swap(next(Path(base.base, "vae").glob("*.safetensors")))
     with pytest.raises(ConfigError, match=r"backbone\.base: the autoencoder of .* has other weights than when"):
@@ -225,6 +228,8 @@ def test_a_training_that_never_began_claims_no_folder(tmp_path: Path, monkeypatc
 
 CARRIED = RayTaskError("poll", "ray::poll()\n  File a\nRuntimeError: Connection closed by peer", RuntimeError())
 DEAD = WorkerHealthCheckFailedError("A check failed. Worker info: long", RayActorError())
+LORA_GONE = ModelError("checkpoint a can't be read")
+OURS = WorkerHealthCheckFailedError("A check failed", RayTaskError("poll", "ray::poll()\n  File a", LORA_GONE))
 
 
 @pytest.mark.parametrize(
@@ -238,6 +243,17 @@ def test_what_ended_a_worker_is_told_in_a_line(failures: dict[int, Exception], t
     job = Job(config=TrainConfig(out=""), out=Path(), **NOWHERE)
     cause = train._cause(WorkerGroupError("failed", failures), job)
     assert f"max_failures: {job.config.max_failures}: {told}" in str(cause)
+
+
+def test_our_own_error_is_found_behind_a_check_that_failed() -> None:
+    job = Job(config=TrainConfig(out=""), out=Path(), **NOWHERE)
+    assert train._cause(WorkerGroupError("failed", {0: DEAD, 1: OURS}), job) is LORA_GONE
+
+
+def test_what_failed_beside_the_workers_is_not_blamed_on_them() -> None:
+    job = Job(config=TrainConfig(out=""), out=Path(), **NOWHERE)
+    told = str(train._cause(ControllerError(RuntimeError("no such thing")), job))
+    assert told.startswith("what starts the workers failed: no such thing; the same command")
 
 
 @pytest.mark.parametrize("rescale", ["aos", "hss"])

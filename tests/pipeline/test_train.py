@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import re
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,9 +23,10 @@ from rlfseg.errors import ConfigError, RlfsegError
 from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.metrics import Sums
 from rlfseg.pipeline import loop, train
+from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.ingest import batches
-from rlfseg.pipeline.loop import CURVE, SKIPPED, Job, Loop, Meter, Stop, read_curve
+from rlfseg.pipeline.loop import CURVE, MEANS, SKIPPED, Job, Loop, Meter, Stop, read_curve
 from rlfseg.pipeline.sources import open_source
 from rlfseg.segmenter import Segmenter
 from rlfseg.training import TrainState
@@ -49,9 +52,9 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("ray")
 def test_samples_are_encoded_in_the_loop_and_the_best_checkpoint_is_published(
-    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All weights, two epochs of two steps on two workers, in real Ray; of validation only the results are played."""
+    """All weights, two epochs of two steps of two batches on two workers, in real Ray; validation is played."""
 
     def played(loop_config: dict[str, Any]) -> RlfsegError | None:
         from rlfseg.pipeline import loop
@@ -63,8 +66,12 @@ def test_samples_are_encoded_in_the_loop_and_the_best_checkpoint_is_published(
     out = tmp_path / "out"
     flags = [f"--out={out}", f"--samples={samples}", f"--val_samples={samples}", "--tracking.enabled=false"]
     flags += ["--backbone.base=tiny", "--backbone.resolution=64", "--lora.full=true", "--optimizer.lr=1e-3"]
-    flags += ["--workers=2", "--batch_size=2", "--epochs=2", "--validate_every=1", "--keep=1", "--log_every=1"]
-    assert cli.main("train", flags) == 0
+    flags += ["--workers=2", "--batch_size=1", "--accumulate=2", "--epochs=2", "--validate_every=1", "--keep=1"]
+    assert cli.main("train", [*flags, "--log_every=1"]) == 0
+    said = capsys.readouterr().out
+    assert re.match(
+        r"train: 8 in, 8 out, 0 refused; [\d.]+ s, 4 of 4 steps, [\d.]+ steps/s on 2 workers, CPU, fp32", said
+    )
     state = json.loads((out / "_SUCCESS.json").read_text())
     assert (state["steps"], state["step_of_adapter"], state["figures"]) == (4, 2, {"val_miou": 0.6})
     kept = [int(p.name.split("-")[1]) for p in sorted(out.glob("checkpoints/*/step-*"))]
@@ -75,20 +82,22 @@ def test_samples_are_encoded_in_the_loop_and_the_best_checkpoint_is_published(
 
     # One plain process on the same steps
     config = TrainConfig(
-        out="", samples=str(samples), workers=2, batch_size=2, backbone=TINY, lora=LoraConfig(full=True)
+        out="", samples=str(samples), workers=2, batch_size=1, accumulate=2, backbone=TINY, lora=LoraConfig(full=True)
     )
     config = dataclasses.replace(config, optimizer=OptimizerConfig(lr=1e-3))
     backbone = Backbone.load(TINY)
     backbone.add_lora(config.lora)
-    plain, losses = TrainState(config, backbone, 4), list[float]()
+    plain, expected = TrainState(config, backbone, 4), list[dict[str, float]]()
     source = open_source(config)
     for epoch in (0, 1):
         plain.epoch, seen = epoch, list[str]()
         for step in batches(source, backbone, config, epoch=epoch, rank=0, world=1):
             seen += chain(*(b.ids for b in step))
-            losses.append(plain.step(*step)["loss"])
+            expected.append(plain.step(*step))
         assert sorted(seen) == [f"{n}#0" for n in range(8)]
-    assert [row["loss"] for row in read_curve(out)] == pytest.approx(losses, rel=1e-2)
+    for row, figures in zip(read_curve(out), expected, strict=True):
+        assert {k: row[k] for k in MEANS} == pytest.approx({k: figures[k] for k in MEANS}, rel=1e-2)
+        assert row["workers"] == 2
 
 
 # --- where it starts ----------------------------------------------------------------------------------------------
@@ -124,7 +133,9 @@ def test_a_training_can_start_from_an_adapter(trained: Path, tmp_path: Path) -> 
     backbone = Backbone.load(TINY)
     backbone.add_lora(LORA)
     state = TrainState(config, backbone, 9)
-    bare_loop(config, tmp_path, state=state, store=SimpleNamespace(whole=lambda: [].__iter__()))._resume()
+    own = bare_loop(config, tmp_path, state=state, store=SimpleNamespace(whole=lambda: [].__iter__()))
+    own.job = dataclasses.replace(own.job, init=trained)
+    own._resume()
     assert [float(w.detach().flatten()[0]) for w in state.weights] == list(range(1, len(state.weights) + 1))
     assert state.step_number == 0
 
@@ -147,7 +158,7 @@ def test_a_full_disk_costs_lines_and_overlays_but_no_step(
     overlay.parent.mkdir()
     for path in (tmp_path / CURVE, tmp_path / SKIPPED, overlay):
         path.symlink_to("/dev/full")
-    figures = {"loss": 1.0, "chose_refined": 0.0, "lr": 1.0, "grad_norm": 1.0, "skipped": 0.0}
+    figures = FIGURES
     meter = Meter(tracking.Run(""), config, tmp_path, 1.0, lambda own: [own])
     meter.add(1, figures)
     sums = Sums()
@@ -165,6 +176,65 @@ def test_a_full_disk_costs_lines_and_overlays_but_no_step(
     (tmp_path / CURVE).unlink()
     meter.add(2, figures)
     assert [row["step"] for row in read_curve(tmp_path)] == [2]
+
+
+# --- what is logged, and what is kept -----------------------------------------------------------------------------
+
+
+FIGURES = {"loss": 1.0, "refined": 0.0, "chose_refined": 0.0, "lr": 1.0, "grad_norm": 1.0, "skipped": 0.0}
+
+
+def test_the_share_that_chose_refined_is_one_of_labels_whatever_steps_and_ranks_have_them(tmp_path: Path) -> None:
+    """8 of 10 labels were chosen in one step of this rank, 0 of 2 by the other rank; a second step has none."""
+    other = {"loss": 0.5, "lr": 0.5, "grad_norm": 0.5, "chosen": 0.0, "refined": 2.0}
+    config = TrainConfig(out="", log_every=2)
+    meter = Meter(tracking.Run(""), config, tmp_path, 0.5, lambda own: [own, other])
+    meter.add(1, FIGURES | {"refined": 10.0, "chose_refined": 0.8})
+    meter.add(2, FIGURES)
+    single = Meter(tracking.Run(""), config, tmp_path, 1.0, lambda own: [own])
+    single.add(3, FIGURES)
+    single.add(4, FIGURES)
+    first, second = read_curve(tmp_path)
+    assert (first["loss"], first["chose_refined"], first["workers"]) == (1.0, pytest.approx(8 / 12), 2)
+    assert "chose_refined" not in second  # there was nothing to choose
+
+
+def test_an_entry_of_fewer_steps_than_it_stands_for_is_left_out(tmp_path: Path) -> None:
+    """Gone on from step 3, with an entry every 2 steps."""
+    meter = Meter(tracking.Run(""), TrainConfig(out="", log_every=2), tmp_path, 1.0, lambda own: [own])
+    for step in range(4, 8):
+        meter.add(step, FIGURES | {"loss": float(step)})
+    assert [(r["step"], r["loss"]) for r in read_curve(tmp_path)] == [(6, 5.5)]
+
+
+@pytest.mark.parametrize("last", [6, 7])
+def test_no_checkpoint_is_made_while_no_weight_moves_but_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    """Steps 3 to 5 are bad; then it goes on, or a fourth bad one ends it."""
+    bad = range(3, 7 if last == 6 else 6)
+    state: Any = SimpleNamespace(step_number=0, bad_steps=0, epoch=0, backbone=None)
+
+    def step(*_: object, weight: float) -> dict[str, float]:
+        state.step_number += 1
+        state.bad_steps = state.bad_steps + 1 if state.step_number in bad else 0
+        return FIGURES | {"skipped": float(state.bad_steps > 0), "grad_norm": math.nan if state.bad_steps else 1.0}
+
+    state.step = step
+    monkeypatch.setattr(loop, "batches", lambda *_, **__: iter([[]] * 7))
+    monkeypatch.setattr(loop, "steps_per_epoch", lambda *_: 7)
+    config, made = TrainConfig(out="", checkpoint_every=2, validate_every=5, max_bad_steps=3), list[int]()
+    own = bare_loop(config, tmp_path, state=state, source=SimpleNamespace(counts=None), store=Store(str(tmp_path), "a"))
+    own.job = dataclasses.replace(own.job, total_steps=7)
+    own.meter = Meter(own.recorded, config, None, 1.0, lambda figures: [figures])
+    monkeypatch.setattr(own, "_report", lambda *, validate: made.append(state.step_number))
+    if last == 7:
+        own._epoch()
+        assert made == [2, 6, 7]
+        return
+    with pytest.raises(Stop, match=r"nan for 4 steps in a row.*weights as they were at step 2 \(the last whose"):
+        own._epoch()
+    assert made == [2, 6]
 
 
 def test_a_node_that_does_not_see_the_output_folder_is_named(tmp_path: Path) -> None:
