@@ -25,7 +25,7 @@ from ray.serve.exceptions import RayServeException
 
 from rlfseg.config import LOOPBACK, ServeConfig, WorkersConfig
 from rlfseg.errors import ConfigError, ServiceError
-from rlfseg.pipeline.stages import check_budget, gpus_per_worker
+from rlfseg.pipeline.cluster import check_budget, gpus_per_worker
 from serve.catalog import Catalog
 from serve.front import Front
 from serve.guard import Keys
@@ -60,7 +60,8 @@ def build(config: ServeConfig) -> serve.Application:
     """The application by its settings; the same errors as `app`."""
     config = resolved(config)
     most, limits = config.max_replicas or config.replicas, config.limits
-    check_budget("serve", most * config.cpus + config.fronts, most * (config.gpus or 0))
+    cpus, gpus = most * config.cpus + config.fronts, most * (config.gpus or 0)
+    check_budget("serve", cpus, gpus, lower="replicas, max_replicas, cpus, gpus or fronts")
     common: dict[str, Any] = {
         "graceful_shutdown_timeout_s": config.drain_s,
         "max_constructor_retry_count": 3,  # a wrong model is an error, not a loop

@@ -32,8 +32,9 @@ from ray.exceptions import RayError
 
 from rlfseg.config import PredictConfig, SamplingConfig, ServeConfig, as_dict
 from rlfseg.errors import DataError
+from rlfseg.pipeline.cluster import cpus_needed, gpus_per_worker
 from rlfseg.pipeline.folders import read_json, require_finished, write_json
-from rlfseg.pipeline.stages import Committed, cpus_needed, gpus_per_worker
+from rlfseg.pipeline.stages import Committed
 from rlfseg.pipeline.submit import once_taken
 from serve.catalog import Catalog, Entry
 from serve.incoming import check_steps

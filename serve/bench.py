@@ -31,7 +31,7 @@ from rlfseg.config import BenchConfig, LimitsConfig, ServeConfig
 from rlfseg.errors import ServiceError
 from rlfseg.pipeline import random_models
 from rlfseg.pipeline.bench import Row
-from rlfseg.pipeline.stages import connect
+from rlfseg.pipeline.cluster import connect
 from rlfseg.segmenter import Segmenter
 from serve.app import build, resolved
 

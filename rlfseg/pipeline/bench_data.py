@@ -26,10 +26,11 @@ from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.metrics import THRESHOLDS, ClipSeg
 from rlfseg.pipeline import evaluate
 from rlfseg.pipeline.bench import Row
+from rlfseg.pipeline.cluster import connect
 from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.rows import RowByRow
 from rlfseg.pipeline.samples import LoadSample
-from rlfseg.pipeline.stages import Step, connect, read_rows, rows_per_task
+from rlfseg.pipeline.stages import Step, read_rows, rows_per_task
 from rlfseg.pipeline.timing import race
 
 SIDE = 512

@@ -20,10 +20,11 @@ from rlfseg import adapter
 from rlfseg.config import BenchConfig, WorkersConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.pipeline.bench import Row
+from rlfseg.pipeline.cluster import connect
 from rlfseg.pipeline.pictures import find
 from rlfseg.pipeline.predict import SCHEMA, Finish, Load, Predictor
 from rlfseg.pipeline.rows import RowByRow, Rows
-from rlfseg.pipeline.stages import Stage, connect, run_stage
+from rlfseg.pipeline.stages import Stage, run_stage
 from rlfseg.pipeline.timing import seconds
 
 PHRASES = ["red ring", "blue star"]

@@ -17,10 +17,11 @@ from rlfseg.config import CalibrateConfig, SamplingConfig, as_dict
 from rlfseg.errors import DataError
 from rlfseg.metrics import THRESHOLDS, Sums, iou_by_threshold, score_histograms, units
 from rlfseg.pipeline.bases import fetch_base
+from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.folders import good_rows, weights, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import LoadSample, askable, open_samples
-from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, run_stage
 from rlfseg.segmenter import Segmenter
 
 ONE_STEP = "one step"

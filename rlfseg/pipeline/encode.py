@@ -20,10 +20,11 @@ from rlfseg.config import BackboneConfig, EncodeConfig, as_dict
 from rlfseg.errors import DataError
 from rlfseg.hub import resolve_base
 from rlfseg.images import image_to_tensor, mask_to_tensor, rle_decode
+from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.folders import weights
 from rlfseg.pipeline.rows import OK, Row, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, open_samples
-from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, run_stage
 
 CHUNK = 32  # images or masks in one call of the autoencoder
 # Bytes and a shape, not tensors of a framework's own type: any Parquet reader can use them.

@@ -26,10 +26,11 @@ from rlfseg.errors import BadSample, ConfigError, DataError
 from rlfseg.metrics import PROTOCOLS, Argmax, SemSeg
 from rlfseg.pipeline import effective, report
 from rlfseg.pipeline.bases import fetch_autoencoder, fetch_base
+from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.predictions import LoadPredicted, find
 from rlfseg.pipeline.rows import OK, Row, RowByRow, Rows, refused
 from rlfseg.pipeline.samples import LoadSample, Samples, askable, open_samples
-from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, run_stage
 from rlfseg.results import checked_phrase
 
 if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks need no networks

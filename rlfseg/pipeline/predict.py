@@ -24,10 +24,11 @@ from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, WorkersConf
 from rlfseg.errors import BadSample, ConfigError
 from rlfseg.pipeline import effective
 from rlfseg.pipeline.bases import fetch_autoencoder, fetch_base
+from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.pictures import Asked, find
 from rlfseg.pipeline.rows import OK, Row, Rows
-from rlfseg.pipeline.stages import Stage, Summary, arithmetic, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, run_stage
 from rlfseg.results import NESTED, Result, checked_phrase
 
 if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks need no networks

@@ -13,10 +13,11 @@ import pyarrow as pa
 from rlfseg import hdf5, refine
 from rlfseg.config import RefineConfig, as_dict
 from rlfseg.images import rle_encode
+from rlfseg.pipeline.cluster import connect, gpus_per_worker
 from rlfseg.pipeline.folders import good_rows, weights
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import LoadSample, open_samples
-from rlfseg.pipeline.stages import Stage, Summary, connect, gpus_per_worker, run_stage
+from rlfseg.pipeline.stages import Stage, Summary, run_stage
 from rlfseg.refine import Answer, Prompt
 from rlfseg.sam import Embedding, SamModel, find_weights
 

@@ -129,7 +129,7 @@ class Attempts:
         deaths, old = self._read(), list(self.folder.glob("*.json"))
         (self.folder / f"{uuid.uuid4().hex}.json").write_text(json.dumps(dict.fromkeys(deaths, 1)))
         for note in old:
-            note.unlink()
+            note.unlink(missing_ok=True)
 
     def _alone(self, work: Work, row: Row, deaths: int) -> Row:
         if deaths > self.alone_deaths:
@@ -144,7 +144,7 @@ class Attempts:
         except Exception:
             note.unlink()  # it lives: the disk is full, say, and these rows are not to blame
             raise
-        note.unlink()
+        note.unlink(missing_ok=True)
         return done
 
     def _read(self) -> dict[str, int]:

@@ -9,9 +9,7 @@ steps, is tried alone and refused after two deaths. Nothing counts as finished b
 
 from __future__ import annotations
 
-import logging
 import os
-import secrets
 import shutil
 import sys
 import time
@@ -30,9 +28,10 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.datasource import Datasource, ReadTask
 
 from rlfseg.config import WorkersConfig
-from rlfseg.errors import BadSample, ConfigError, DataError, ModelError, ResourceError, RlfsegError
+from rlfseg.errors import BadSample, DataError, RlfsegError
 from rlfseg.pipeline.causes import full_disk, our_cause
-from rlfseg.pipeline.folders import begin, finish, require_finished, unseen
+from rlfseg.pipeline.cluster import check_budget, connect, cpus_needed, where
+from rlfseg.pipeline.folders import alone, begin, finish, require_finished, unclaim, unseen
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, reason, unpack
 
@@ -95,89 +94,6 @@ class Summary:
     notes: tuple[str, ...] = ()
 
 
-# --- Ray -----------------------------------------------------------------------------------------------------------
-
-
-def connect() -> None:
-    """Joins the Ray that $RAY_ADDRESS names (ResourceError for a job server), or starts one of 8 CPUs or more here."""
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
-    if not ray.is_initialized():
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
-        remote = os.environ.get("RAY_ADDRESS", "")
-        if remote.startswith("http"):
-            raise ResourceError(f"RAY_ADDRESS: {remote} is a job server; use `rlfseg submit -- ...` or unset it")
-        if not remote:  # Ray guards what it starts here by a token; given one, it writes none into the user's home
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would tell how to undo that
-        here: dict[str, Any] = {} if remote else {"num_cpus": max(8, os.cpu_count() or 1), "include_dashboard": False}
-        ray.init(log_to_driver=False, configure_logging=False, **here)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.raise_original_map_exception = True  # else the cause arrives as a text only
-    context.execution_options.verbose_progress = False
-
-
-def gpus_per_worker(run: WorkersConfig, device: str) -> float:
-    """GPUs that a worker reserves: as told, else 1 where the cluster has any and the device may be one.
-
-    Args:
-        run: Settings of the workers.
-        device: `auto`, `cpu` or `cuda`.
-
-    Returns:
-        A number of GPUs; 0 where the work runs on the CPU.
-
-    Raises:
-        ResourceError: `cuda` is asked for, and this Ray has no GPU or is told to give none.
-    """
-    have = ray.cluster_resources().get("GPU", 0)
-    if device == "cuda" and (not have or run.gpus == 0):
-        raise ResourceError(
-            f"device: cuda is asked for, this Ray has {have:g} GPUs and run.gpus is {run.gpus}: a worker would see none"
-        )
-    if run.gpus is not None:
-        return run.gpus
-    return 1.0 if device != "cpu" and have else 0.0
-
-
-def arithmetic(dtype: str, gpus: float) -> str:
-    """`fp32` or `bf16`: what `device.choose_dtype` will choose in a worker with so many GPUs."""
-    return dtype if dtype != "auto" else "bf16" if gpus else "fp32"
-
-
-def where(workers: int, gpus: float, arithmetic: str = "") -> str:
-    """For a Summary: `2 workers, 2 GPUs, bf16`; `gpus` of all of them."""
-    device = f"{gpus:g} GPU{'s' * (gpus != 1)}" if gpus else "CPU"
-    return ", ".join(filter(None, [f"{workers} worker{'s' * (workers != 1)}", device, arithmetic]))
-
-
-def cpus_needed(run: WorkersConfig, finish: bool = False) -> float:
-    """Logical CPUs that a stage takes at once; `finish`: whether it has a step after the work."""
-    # a reader, a writer, and the filter that drops finished ids on resume take one each
-    return run.workers * run.cpus + run.loaders * (2 if finish else 1) + 3
-
-
-def check_budget(name: str, cpus: float, gpus: float) -> None:
-    """Refuses what would wait for ever.
-
-    Args:
-        name: The stage, for the message.
-        cpus: Logical CPUs that it takes at once.
-        gpus: GPUs that it takes at once.
-
-    Raises:
-        ResourceError: More is asked for than the cluster has; names the sums.
-    """
-    have = ray.cluster_resources()
-    for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
-        if wanted > have.get(kind, 0):
-            raise ResourceError(
-                f"{name} needs {wanted:g} {kind}s and this Ray has {have.get(kind, 0):g}: lower run.workers, "
-                f"run.{kind.lower()}s or run.loaders, or start Ray with more (`ray start --head --num-cpus N`; logical "
-                "CPUs may exceed the cores)"
-            )
-
-
 def run_stage(stage: Stage) -> Summary:
     """Runs a stage to its end, going on from where an earlier start stopped.
 
@@ -188,7 +104,7 @@ def run_stage(stage: Stage) -> Summary:
         Counts, refusals and seconds.
 
     Raises:
-        DataError: Rows were lost or doubled, or the folder belongs to another job.
+        DataError: Rows were lost or doubled, or the folder belongs to another job, or to one that runs.
         BadSample: A sample was refused and `on_error` is `stop`.
         ResourceError: The cluster is too small.
     """
@@ -198,23 +114,29 @@ def run_stage(stage: Stage) -> Summary:
         done = require_finished(stage.out)
         return _summary(stage, done, 0.0, resumed=done["rows_in"])
     connect()
-    check_budget(stage.name, cpus_needed(stage.run, bool(stage.finish)), stage.run.workers * stage.gpus)
-    data, count = stage.out / "data", Committed(stage.out)
-    before = count()
+    cpus, gpus = cpus_needed(stage.run, bool(stage.finish)), stage.run.workers * stage.gpus
+    check_budget(stage.name, cpus, gpus, lower="its workers, loaders, cpus or gpus")
+    with alone(stage.out):
+        before = Committed(stage.out)()
+        _work_off(stage)
+        counts = stage.finalize(_account(stage))
+        shutil.rmtree(stage.out / "_attempts", ignore_errors=True)
+        finish(stage.out, stage.identity, counts)
+    return _summary(stage, counts, time.monotonic() - start, resumed=before)
+
+
+def _work_off(stage: Stage) -> None:
+    """Writes every row that isn't on disk yet."""
+    count = Committed(stage.out)
     for notes in (stage.out / "_attempts").glob("*"):
         Attempts(notes).forgive()
     with Progress(stage.name, total=stage.rows.num_rows, count=count, unit=stage.unit):
         try:
-            _pipeline(stage).write_parquet(str(data), write_page_checksum=True)  # for `verify`
+            _pipeline(stage).write_parquet(str(stage.out / "data"), write_page_checksum=True)  # for `verify`
         except Exception as error:  # noqa: BLE001 -- raised again: Ray wraps ours in its own; the user must see the cause
             ours = our_cause(error)
-            if isinstance(ours, ConfigError | ModelError) and not count():
-                shutil.rmtree(stage.out)  # settings that never worked claim no folder
+            unclaim(stage.out, ours, count)
             raise ours or full_disk(error, stage.out) or error from None
-    counts = stage.finalize(_account(stage))
-    shutil.rmtree(stage.out / "_attempts", ignore_errors=True)
-    finish(stage.out, stage.identity, counts)
-    return _summary(stage, counts, time.monotonic() - start, resumed=before)
 
 
 def _pipeline(stage: Stage) -> Dataset:
@@ -240,7 +162,7 @@ def _pipeline(stage: Stage) -> Dataset:
         fn_constructor_kwargs={
             "make": stage.work,
             "kwargs": stage.kwargs,
-            "threads": max(1, (os.cpu_count() or 1) // run.workers),
+            "workers": run.workers,
             "step": step("work", last=stage.finish is None),
         },
         compute=ActorPoolStrategy(size=run.workers),
@@ -328,14 +250,14 @@ class Step:
 class _Actor:
     """Holds the work; made inside the process that runs it, so that nothing of a GPU is ever sent."""
 
-    def __init__(self, make: Callable[..., Work], kwargs: Row, threads: int, step: Row):
+    def __init__(self, make: Callable[..., Work], kwargs: Row, workers: int, step: Row):
         self.step: Step | RlfsegError
         try:
             self.step = Step(make(**kwargs), **step)
         except RlfsegError as error:
             self.step = error  # raised here, only its text would arrive
         if torch := sys.modules.get("torch"):
-            torch.set_num_threads(threads)  # Ray allows one, whatever the node has
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # of this node; Ray allows one
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if isinstance(self.step, RlfsegError):

@@ -25,6 +25,7 @@ from rlfseg.errors import ConfigError, ModelError, ResourceError, RlfsegError
 from rlfseg.hub import resolve_base
 from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
+from rlfseg.pipeline.cluster import arithmetic, check_budget, connect, where
 from rlfseg.pipeline.folders import (
     STARTED,
     alone,
@@ -42,7 +43,7 @@ from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.pipeline.sources import Source, open_source
-from rlfseg.pipeline.stages import Summary, arithmetic, check_budget, connect, where
+from rlfseg.pipeline.stages import Summary
 from rlfseg.training import PROGRESS, STATE, binding
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,9 @@ def run(config: TrainConfig) -> Summary:
     with alone(out):
         connect()
         least = config.min_workers or config.workers
-        check_budget("train", least * (config.cpus + 1) + 1, least if _use_gpu(config) else 0)
+        # a worker's reader takes one more CPU, and the one that leads them all takes one
+        cpus, gpus = least * (config.cpus + 1) + 1, least if _use_gpu(config) else 0
+        check_budget("train", cpus, gpus, lower="workers, min_workers or cpus")
         store = _ready_store(config, out, state)
         before = store.newest_step()
         with _tracked(config, out) as recorded:

@@ -34,7 +34,7 @@ from rlfseg.config import (
 )
 from rlfseg.device import choose_dtype
 from rlfseg.errors import ConfigError, DataError, ModelError, ResourceError
-from rlfseg.pipeline import calibrate, encode, evaluate, predict, refine, stages, train
+from rlfseg.pipeline import calibrate, cluster, encode, evaluate, predict, refine, train
 from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.folders import begin, finish, weights, write_json
 from rlfseg.pipeline.loop import LEFT_OUT, Job
@@ -312,31 +312,31 @@ def test_eps_without_rescaling_is_said_to_have_no_effect() -> None:
 
 
 def test_where_tells_workers_device_and_arithmetic() -> None:
-    assert stages.where(1, 0, "fp32") == "1 worker, CPU, fp32"
-    assert stages.where(2, 1, "bf16") == "2 workers, 1 GPU, bf16"
-    assert stages.where(8, 8) == "8 workers, 8 GPUs"
+    assert cluster.where(1, 0, "fp32") == "1 worker, CPU, fp32"
+    assert cluster.where(2, 1, "bf16") == "2 workers, 1 GPU, bf16"
+    assert cluster.where(8, 8) == "8 workers, 8 GPUs"
     for wanted in ("auto", "fp32", "bf16"):
         for gpus, device in ((0, "cpu"), (1, "cuda")):
-            long = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[stages.arithmetic(wanted, gpus)]
+            long = {"fp32": "torch.float32", "bf16": "torch.bfloat16"}[cluster.arithmetic(wanted, gpus)]
             assert str(choose_dtype(wanted, device)) == long
 
 
 @pytest.mark.parametrize("remote", [True, False])
 def test_a_ray_of_our_own_gets_a_token_of_its_own(remote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
-    monkeypatch.setattr(stages.ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(stages.ray, "init", lambda **settings: given.update(settings))
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", lambda **settings: given.update(settings))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     if remote:
         monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
-    stages.connect()
+    cluster.connect()
     assert ("num_cpus" in given, "RAY_AUTH_TOKEN" in os.environ) == (not remote, not remote)
     assert remote or len(os.environ["RAY_AUTH_TOKEN"]) == 64
 
 
 def test_a_job_server_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ResourceError, match=r"^RAY_ADDRESS: http://head:8265 is a job server; use `rlfseg submit"):
-        stages.connect()
+        cluster.connect()

@@ -17,7 +17,7 @@ from ray import cloudpickle
 
 from rlfseg.config import PredictConfig, RefineConfig, SamConfig, WorkersConfig
 from rlfseg.errors import BadSample, ConfigError, DataError, ResourceError
-from rlfseg.pipeline import predict, refine, stages
+from rlfseg.pipeline import cluster, predict, refine, stages
 from rlfseg.pipeline.rows import OK
 from rlfseg.pipeline.stages import Stage, run_stage
 from tests.pipeline.works import (
@@ -232,12 +232,12 @@ def test_models_are_made_in_the_actor_and_a_missing_gpu_is_told(
         predict.run(PredictConfig(images=str(samples), out=str(tmp_path / "p"), device="cuda"))
 
     # A cluster with GPUs whose workers are told to take none
-    monkeypatch.setattr(stages.ray, "cluster_resources", lambda: {"CPU": 8, "GPU": 2})
-    assert stages.gpus_per_worker(WorkersConfig(), "auto") == 1
-    assert stages.gpus_per_worker(WorkersConfig(), "cpu") == 0
-    assert stages.gpus_per_worker(WorkersConfig(gpus=0.5), "cuda") == 0.5
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 8, "GPU": 2})
+    assert cluster.gpus_per_worker(WorkersConfig(), "auto") == 1
+    assert cluster.gpus_per_worker(WorkersConfig(), "cpu") == 0
+    assert cluster.gpus_per_worker(WorkersConfig(gpus=0.5), "cuda") == 0.5
     with pytest.raises(ResourceError, match=r"run\.gpus is 0\.0"):
-        stages.gpus_per_worker(WorkersConfig(gpus=0), "cuda")
+        cluster.gpus_per_worker(WorkersConfig(gpus=0), "cuda")
 
 
 def test_an_error_in_the_making_of_the_work_is_one_of_ours_and_claims_no_folder(tmp_path: Path) -> None:

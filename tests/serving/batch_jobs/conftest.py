@@ -34,4 +34,4 @@ def jobs() -> FakeRay:
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlfseg.pipeline.stages.ray.cluster_resources", lambda: HAVE)
+    monkeypatch.setattr("rlfseg.pipeline.cluster.ray.cluster_resources", lambda: HAVE)

@@ -1,0 +1,93 @@
+"""What the Ray has that a job runs on: joining it, its GPUs and CPUs, and whether they are enough."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from typing import Any
+
+import ray
+
+from rlfseg.config import WorkersConfig
+from rlfseg.errors import ResourceError
+
+
+def connect() -> None:
+    """Joins the Ray that $RAY_ADDRESS names (ResourceError for a job server), or starts one of 8 CPUs or more here."""
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
+    if not ray.is_initialized():
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
+        remote = os.environ.get("RAY_ADDRESS", "")
+        if remote.startswith("http"):
+            raise ResourceError(f"RAY_ADDRESS: {remote} is a job server; use `rlfseg submit -- ...` or unset it")
+        if not remote:  # Ray guards what it starts here by a token; given one, it writes none into the user's home
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would tell how to undo that
+        here: dict[str, Any] = {} if remote else {"num_cpus": max(8, os.cpu_count() or 1), "include_dashboard": False}
+        ray.init(log_to_driver=False, configure_logging=False, **here)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # else the cause arrives as a text only
+    context.execution_options.verbose_progress = False
+
+
+def gpus_per_worker(run: WorkersConfig, device: str) -> float:
+    """GPUs that a worker reserves: as told, else 1 where the cluster has any and the device may be one.
+
+    Args:
+        run: Settings of the workers.
+        device: `auto`, `cpu` or `cuda`.
+
+    Returns:
+        A number of GPUs; 0 where the work runs on the CPU.
+
+    Raises:
+        ResourceError: `cuda` is asked for, and this Ray has no GPU or is told to give none.
+    """
+    have = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and (not have or run.gpus == 0):
+        raise ResourceError(
+            f"device: cuda is asked for, this Ray has {have:g} GPUs and run.gpus is {run.gpus}: a worker would see none"
+        )
+    if run.gpus is not None:
+        return run.gpus
+    return 1.0 if device != "cpu" and have else 0.0
+
+
+def arithmetic(dtype: str, gpus: float) -> str:
+    """`fp32` or `bf16`: what `device.choose_dtype` will choose in a worker with so many GPUs."""
+    return dtype if dtype != "auto" else "bf16" if gpus else "fp32"
+
+
+def where(workers: int, gpus: float, arithmetic: str = "") -> str:
+    """For a Summary: `2 workers, 2 GPUs, bf16`; `gpus` of all of them."""
+    device = f"{gpus:g} GPU{'s' * (gpus != 1)}" if gpus else "CPU"
+    return ", ".join(filter(None, [f"{workers} worker{'s' * (workers != 1)}", device, arithmetic]))
+
+
+def cpus_needed(run: WorkersConfig, finish: bool = False) -> float:
+    """Logical CPUs that a stage takes at once; `finish`: whether it has a step after the work."""
+    # a reader, a writer, and the filter that drops finished ids on resume take one each
+    return run.workers * run.cpus + run.loaders * (2 if finish else 1) + 3
+
+
+def check_budget(name: str, cpus: float, gpus: float, *, lower: str) -> None:
+    """Refuses what would wait for ever.
+
+    Args:
+        name: The stage, for the message.
+        cpus: Logical CPUs that it takes at once.
+        gpus: GPUs that it takes at once.
+        lower: The settings that decide on them.
+
+    Raises:
+        ResourceError: More is asked for than the cluster has; names the sums.
+    """
+    have = ray.cluster_resources()
+    for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
+        if wanted > have.get(kind, 0):
+            raise ResourceError(
+                f"{name} needs {wanted:g} {kind}s and this Ray has {have.get(kind, 0):g}: lower {lower}, or start "
+                "Ray with more (`ray start --head --num-cpus N`; logical CPUs may exceed the cores)"
+            )
