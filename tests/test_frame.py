@@ -190,7 +190,9 @@ def test_shipped_settings_parse(path: Path):
     wanted = getattr(config, f"{command.title().replace('_', '')}Config", None)
     assert wanted, f"no {command.title()}Config for {path.name}: is it named after its command?"
     # Where data lies and goes is given on the line, not in a shipped file.
-    on_the_line = {f.name: "a path" for f in dataclasses.fields(wanted) if f.type in ("str", "OutFolder") and _required(f)}
+    on_the_line = {
+        f.name: "a path" for f in dataclasses.fields(wanted) if f.type in ("str", "OutFolder") and _required(f)
+    }
     pydantic.TypeAdapter(wanted).validate_python(on_the_line | (yaml.safe_load(path.read_text()) or {}))
 
 

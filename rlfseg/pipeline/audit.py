@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rlfseg import draw, images
@@ -23,7 +22,7 @@ from rlfseg.datasets.coco import id_in_name
 from rlfseg.datasets.lists import storable
 from rlfseg.errors import ConfigError, DataError
 from rlfseg.hdf5 import Reader
-from rlfseg.pipeline.folders import stamp, write_json
+from rlfseg.pipeline.folders import read_table, stamp, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
@@ -137,7 +136,7 @@ class Looker:
 
 
 def _compare(config: AuditConfig, out: Path, rows: dict[str, Row], counts: Row) -> Row:
-    table = pa.concat_tables([pq.read_table(path) for path in sorted((out / "data").glob("*.parquet"))])
+    table = pa.concat_tables([read_table(path) for path in sorted((out / "data").glob("*.parquet"))])
     table = table.filter(pa.compute.equal(table["status"], OK)).sort_by("id")
     train, test = (_looks(table.filter(pa.compute.equal(table["set"], name))) for name in SETS)
     pairs = shared(train, test, distance=config.distance, similarity=config.similarity)

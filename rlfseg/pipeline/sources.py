@@ -24,7 +24,7 @@ from rlfseg.hdf5 import id_hash
 from rlfseg.hub import resolve_base
 from rlfseg.images import image_to_tensor, mask_to_tensor
 from rlfseg.pipeline.encode import from_bytes, refined_masks
-from rlfseg.pipeline.folders import fingerprint, identity_of, require_finished, weights
+from rlfseg.pipeline.folders import fingerprint, identity_of, read_table, require_finished, weights
 from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.samples import LoadSample, askable, open_samples
 from rlfseg.training import Batch
@@ -121,7 +121,7 @@ class Latents:
         shape: list[int] = []
         self.has_refined = False
         for path in sorted((folder / "data").glob("*.parquet")):
-            table = pq.read_table(path, columns=["id", "status", "shape", "captions"])
+            table = read_table(path, ["id", "status", "shape", "captions"])
             ids, captions = table["id"].to_pylist(), table["captions"].to_pylist()
             rows = [n for n, state in enumerate(table["status"].to_pylist()) if state == OK]
             found += [(id_hash(ids[n]), str(path), n, captions[n]) for n in rows]

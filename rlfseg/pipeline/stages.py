@@ -31,7 +31,7 @@ from rlfseg.config import WorkersConfig
 from rlfseg.errors import BadSample, DataError, RlfsegError
 from rlfseg.pipeline.causes import full_disk, our_cause
 from rlfseg.pipeline.cluster import check_budget, connect, cpus_needed, where
-from rlfseg.pipeline.folders import alone, begin, finish, require_finished, unclaim, unseen
+from rlfseg.pipeline.folders import alone, begin, finish, read_table, require_finished, unclaim, unseen
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, reason, unpack
 
@@ -292,7 +292,7 @@ class Committed:
 def _account(stage: Stage) -> Row:
     status: dict[str, str] = {}
     for path in (stage.out / "data").glob("*.parquet"):
-        table = pq.read_table(path, columns=["id", "status"])
+        table = read_table(path, ["id", "status"])
         for row in table.to_pylist():
             if row["id"] in status:
                 raise DataError(f"{stage.out}: {row['id']} was written twice")
