@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,26 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 
-from rlfseg import hdf5
+from rlfseg import draw, hdf5
 from rlfseg.config import ASSETS
+from rlfseg.datasets.shapes import draw_scene
 from rlfseg.pipeline.stages import Committed
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(3600)]
-SCENES, SHARDS, KILLS = 64, 16, 5
+SCENES, SHARDS, KILLS = 96, 16, 5
+BLOCKS = 8  # in which one worker's rows are written
 STAGES = {
-    "prepare": ["--shapes.count=64", "--shapes.labels=coarse", "--images_per_shard=4", "--workers=1"],
+    "prepare": [f"--shapes.count={SCENES}", "--shapes.labels=coarse", "--images_per_shard=6", "--workers=1"],
     "refine": ["--samples={samples}", "--max_rounds=2", "--run.batch_size=4"],
     "encode": ["--samples={samples}", "--backbone.base=tiny", "--backbone.resolution=64", "--run.batch_size=4"],
     "calibrate": ["--samples={samples}", "--adapter={adapter}", "--run.batch_size=4", "--tracking.enabled=false"],
-    "evaluate": ["--samples={samples}", "--adapter=tiny", "--run.batch_size=4", "--tracking.enabled=false"],
-    "predict": ["--images={samples}", "--adapter=tiny", "--run.batch_size=4", "--phrases=[red ring, star]"],
+    # One picture a call: what was in work is done again alone, and a network's last bits, by which a pixel may turn and
+    # the order of scores does, depend on how many go through it together
+    "evaluate": ["--samples={samples}", "--adapter=tiny", "--run.batch_size=1", "--tracking.enabled=false"],
+    "predict": [
+        *("--images={pictures}", "--adapter=tiny", "--run.batch_size=1", "--phrases=[red ring, star]"),
+        *("--png=true", "--overlays=true", "--on_error=skip"),
+    ],
 }
 LATENTS = {"z1", "z0", "z0_refined"}
 HELD = ("refine", "encode", "predict")  # with actors that hold a model
@@ -43,21 +51,24 @@ class Job:
     def __init__(self, stage: str, folder: Path, samples: Path, root: Path):
         self.out, self.adapter, self.root = folder / "out", folder / "adapter", root
         shutil.copytree(ASSETS / "adapter", self.adapter)
-        flags = [flag.format(samples=samples, adapter=self.adapter) for flag in STAGES[stage]]
+        places = {"samples": samples, "pictures": samples.with_name("pictures"), "adapter": self.adapter}
+        flags = [flag.format(**places) for flag in STAGES[stage]]
         self.line = [sys.executable, "-m", f"jobs.{stage}", f"--out={self.out}", *flags]
         self.total = SHARDS if stage == "prepare" else SCENES
+        self.code = 3 if stage == "predict" else 0  # one of its pictures is broken
 
     def start(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(self.line, cwd=self.root, start_new_session=True)
 
     def finish(self) -> str:
         done = subprocess.run(self.line, cwd=self.root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.returncode == self.code, done.stderr[-3000:]
         return done.stdout
 
     def moments(self, seed: int) -> list[int]:
-        """Numbers of rows on disk at which to strike, in order."""
-        return sorted(random.Random(seed).sample(range(self.total - self.total // 8), KILLS))
+        """Numbers of rows on disk at which to strike, in order: each in another block, and two blocks are left then."""
+        rng, size = random.Random(seed), self.total // BLOCKS
+        return [block * size + rng.randint(1, size) for block in sorted(rng.sample(range(BLOCKS - 2), KILLS))]
 
     def reaches(self, moment: int, driver: subprocess.Popen[bytes], also: Callable[[], bool] = lambda: True) -> bool:
         """Waits until so many rows are on disk; False: the job ended before."""
@@ -76,13 +87,15 @@ class Job:
 
     def results(self) -> dict[str, Any]:
         """What it comes to, beside its rows."""
-        names = ("results.json", "calibration.json")
+        names = ("results.json", "calibration.json", "refused.json")
         found = {n: json.loads((self.out / n).read_text()) for n in names if (self.out / n).is_file()}
         if (self.out / hdf5.INDEX).is_file():
             found["index"] = hdf5.read_index(self.out).drop_columns("shard").to_pylist()
         for tree in found.values():
             if isinstance(tree, dict):
                 tree.pop("adapter", None)  # a path of its own
+        drawn = [p for folder in ("png", "overlays") for p in (self.out / folder).rglob("*") if p.is_file()]
+        found["drawn"] = {str(p.relative_to(self.out)): sha256(p.read_bytes()).hexdigest() for p in drawn}
         return found | {"card": (self.adapter / "rlfseg.yaml").read_text()}
 
     def check_like(self, whole: Job) -> None:
@@ -90,10 +103,9 @@ class Job:
         assert mine.keys() == other.keys()
         for key, row in mine.items():
             for name in LATENTS & row.keys():
-                # What was in work is done again alone; a network's last bits depend on the size of the batch
+                # As above, and these are many pictures a call
                 for found, theirs in zip(_parts(row.pop(name)), _parts(other[key].pop(name)), strict=True):
                     np.testing.assert_allclose(found, theirs, rtol=0, atol=0.01)
-            assert row.pop("scores", []) == pytest.approx(other[key].pop("scores", []), abs=1e-5)
             assert row == other[key]
         assert self.results() == whole.results()
 
@@ -109,6 +121,10 @@ def samples(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     folder = tmp_path_factory.mktemp("drill") / "samples"
     flags = [f"--shapes.count={SCENES}", "--shapes.labels=coarse", f"--out={folder}"]
     subprocess.run([sys.executable, "-m", "jobs.prepare", *flags], cwd=root, check=True)
+    for n in range(SCENES):
+        path = draw.save(folder.with_name("pictures") / f"{n:03d}.png", draw_scene(n, split="test").image)
+    broken = path.with_name(f"{SCENES // 2:03d}.png")
+    broken.write_bytes(broken.read_bytes()[:500])
     return folder
 
 
@@ -137,10 +153,13 @@ def test_the_driver_is_killed_again_and_again(
             kills += 1
         driver.wait()
     said = job.finish()
-    print(f"{stage}: {kills} drivers killed")
-    assert kills >= 2
+    assert kills == KILLS
     assert "done before" in said
     job.check_like(undisturbed(stage))
+    if stage == "predict":
+        results = job.results()
+        assert list(results["refused.json"]) == [str(samples.with_name("pictures") / f"{SCENES // 2:03d}.png")]
+        assert len(results["drawn"]) == 3 * (SCENES - 1)  # two masks and an overlay a picture
 
 
 def actors(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
@@ -154,7 +173,12 @@ def actors(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 @pytest.mark.parametrize("stage", HELD)
 def test_actors_are_killed_again_and_again(
-    stage: str, undisturbed: Callable[[str], Job], samples: Path, tmp_path: Path, root: Path
+    stage: str,
+    undisturbed: Callable[[str], Job],
+    samples: Path,
+    tmp_path: Path,
+    root: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     job, killed = Job(stage, tmp_path, samples, root), 0
     driver = job.start()
@@ -164,7 +188,7 @@ def test_actors_are_killed_again_and_again(
                 actor.kill()
                 actor.wait()
                 killed += 1
-    assert driver.wait() == 0
-    print(f"{stage}: {killed} actors killed")
+    assert driver.wait() == job.code
+    record_property("actors killed", killed)  # fewer than five where all rows were through before the last moment
     assert killed >= 2
     job.check_like(undisturbed(stage))
