@@ -26,7 +26,7 @@ class Failing(io.FileIO):
 
     number, good = errno.EIO, 0
 
-    def read(self, size: int = -1) -> bytes:
+    def read(self, size: int | None = -1) -> bytes:
         if self.tell() >= self.good:
             raise OSError(self.number, os.strerror(self.number))
         return super().read(size)
@@ -39,7 +39,7 @@ def test_a_mount_that_fails_is_no_fault_of_the_picture(tmp_path: Path, number: i
     with Failing(tmp_path / "a.png") as file:
         file.number, file.good = number, good
         with pytest.raises(DataError, match=r"^a\.png can't be read: .*; start again") as caught:
-            images.load_image(file, name="a.png")  # type: ignore[arg-type]
+            images.load_image(file, name="a.png")
     assert not isinstance(caught.value, BadSample)
 
 
