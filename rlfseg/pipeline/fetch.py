@@ -27,7 +27,7 @@ BUFFER = 1 << 20  # bytes
 
 
 def of_url(url: str) -> bytes:
-    """What lies at a URL, in one request: the answer to a HEAD wouldn't tell why it is refused.
+    """What lies at a URL.
 
     Args:
         url: Any that fsspec knows.
@@ -41,7 +41,8 @@ def of_url(url: str) -> bytes:
     """
     try:
         fs, path = fsspec.core.url_to_fs(url)
-        return bytes(fs.cat_file(path))
+        # Else s3fs asks for the size first, and the answer to a HEAD doesn't say why it is refused
+        return bytes(fs.cat_file(path, **({"max_concurrency": 1} if "s3" in fs.protocol else {})))
     except Exception as error:  # of any library
         if not _of_the_object(error):
             raise outage(url, error) from error
