@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EACCES, EINVAL, EISDIR, ELOOP, ENAMETOOLONG, ENOENT, ENOTDIR
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -37,20 +38,10 @@ SUFFIXES = frozenset(
 # Only plain raster formats. Pillow would also hand EPS to Ghostscript, which runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 # What Pillow's decoders raise on damaged bytes; it has no error class of its own for that.
-DAMAGED = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    LookupError,
-    TypeError,
-    OverflowError,
-    RuntimeError,
-    MemoryError,
-    AssertionError,
-    struct.error,
-    zlib.error,
-)
+WRONG = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, RuntimeError)
+DAMAGED = (*WRONG, MemoryError, AssertionError, struct.error, zlib.error)
+# Numbers of a file's own errors: none where Pillow raises it, EINVAL where damaged bytes make it seek to nowhere.
+OF_THE_FILE = (None, ENOENT, EACCES, EISDIR, ENOTDIR, ENAMETOOLONG, ELOOP, EINVAL)
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 
@@ -74,6 +65,7 @@ def load_image(
 
     Raises:
         BadSample: Not a picture, truncated, damaged, too large, or of a bit depth that has no defined range.
+        DataError: Its disk or mount fails, which says nothing about the picture.
     """
     with opened(source, name=name, sample=sample, max_pixels=max_pixels) as image:
         return np.array(_on_white(image), dtype=np.uint8)
@@ -134,13 +126,13 @@ def load_labels(
 def opened(
     source: Source, *, name: str, sample: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Iterator[Image.Image]:
-    """A picture as Pillow has it, EXIF rotation applied; damage, also found inside of the block, raises BadSample."""
+    """A picture as Pillow has it, EXIF rotation applied; raises as `load_image`, also for what the block meets."""
     try:
         with _open(source, max_pixels) as image:
             ImageOps.exif_transpose(image, in_place=True)
             yield image
     except (*DAMAGED, *BOMB) as error:
-        raise BadSample(_reason(error), file=name, sample=sample) from error
+        raise _unusable(error, name, sample) from error
 
 
 def image_size(source: Source, *, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -164,7 +156,7 @@ def image_size(source: Source, *, name: str, max_pixels: int = MAX_PIXELS) -> tu
             turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
             return (width, height) if turned else (height, width)
     except (*DAMAGED, *BOMB) as error:
-        raise BadSample(_reason(error), file=name) from error
+        raise _unusable(error, name) from error
 
 
 def to_binary(array: NDArray[Any], *, file: str, sample: str | None = None) -> NDArray[np.uint8]:
@@ -311,6 +303,12 @@ def _open(source: Source, max_pixels: int) -> Image.Image:
         image.close()
         raise Image.DecompressionBombError(f"{width} x {height} pixels are more than the limit of {max_pixels:,}")
     return image
+
+
+def _unusable(error: BaseException, name: str, sample: str | None = None) -> DataError:
+    if isinstance(error, OSError) and error.errno not in OF_THE_FILE:
+        return DataError(f"{name} can't be read: {error.strerror}; start again, it goes on from here")
+    return BadSample(_reason(error), file=name, sample=sample)
 
 
 def _reason(error: BaseException) -> str:

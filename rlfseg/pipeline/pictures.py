@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,12 +25,22 @@ from numpy.typing import NDArray
 
 from rlfseg import hdf5, images
 from rlfseg.errors import BadSample, ConfigError, DataError
+from rlfseg.pipeline import fetch
+from rlfseg.pipeline.folders import stamp
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.results import checked_phrase
 
 Asked = tuple[NDArray[np.uint8], list[str]]  # uint8 RGB [H, W, 3], and what to look for in it
+Files = dict[str, tuple[Any, ...]]  # of each path or URL what changes when the file does
 HDF5, PARQUET = hdf5.index.SUFFIXES, frozenset({".parquet"})
+KNOWN = images.SUFFIXES | HDF5 | PARQUET
+CHANGES = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "updated")  # as file systems call it
+INDEX = {
+    **dict.fromkeys(("id", "bad", "shard", "file"), pa.string()),
+    **dict.fromkeys(("group", "row"), pa.int64()),
+    "captions": pa.list_(pa.string()),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +48,9 @@ class Pictures:
     """Pictures to work on.
 
     Attributes:
-        rows: Index, a row a picture: `id`, and whatever `read` needs.
+        rows: Index, a row a picture: `id`, and whatever `read` needs; phrases only where they are the picture's own.
         read: Picklable, index row -> picture and phrases; raises BadSample.
-        fingerprint: Changes with the ids and their phrases.
+        fingerprint: Changes with the ids and their phrases, and with the size or time of any file that was listed.
     """
 
     rows: pa.Table
@@ -59,12 +68,12 @@ def find(source: str, phrases: list[str], column: str, *, pixels: int = images.M
         pixels: Largest height times width of a picture that is a file or bytes.
 
     Returns:
-        The pictures, each with at least one phrase but for those of HDF5 files, which tell when they are read.
+        The pictures; one that has no phrases, or bad ones, is refused when it is read.
 
     Raises:
         BadSample: An HDF5 file can't be listed.
-        ConfigError: There is no picture, several kinds of files, or a picture without phrases.
-        DataError: A Parquet file or a URL can't be read.
+        ConfigError: There is no picture, several kinds of files, or no phrase for any picture.
+        DataError: A Parquet file or a URL can't be read, or no row of it can be used.
     """
     if (Path(source) / "_STARTED.json").is_file():
         samples = open_samples(source)
@@ -77,48 +86,64 @@ def find(source: str, phrases: list[str], column: str, *, pixels: int = images.M
         raise ConfigError(
             f"images: {source} {told}; give a picture, a folder, a glob, Parquet, HDF5, or a folder of `prepare`"
         )
-    if "HDF5 files" in kinds:
-        return _made(_hdf5_rows(files), OfShards(Path("/"), phrases))
     if "pictures" in kinds:
-        return _made([{"id": file, "captions": phrases} for file in files], partial(read_file, pixels=pixels))
-    listed = [row for file in files for row in _parquet_rows(file, column, needed=not phrases)]
-    asked = [row | {"captions": [*row["captions"], *phrases]} for row in _merged(listed)]
-    if not asked:
-        raise ConfigError(f"images: {source} has no rows")
-    return _made(asked, partial(read_embedded if "group" in asked[0] else read_file, pixels=pixels))
+        rows = [_picture(file) for file in files]
+        if not phrases:
+            raise ConfigError(_silent(rows[0]["id"]))
+        return _made(files, rows, OfFiles(phrases, pixels))
+    odd = next((file for file in files if not _is_text(file)), None)
+    if odd is not None:
+        raise DataError(f"images: {odd!a}: its name isn't UTF-8; rename it")
+    if "HDF5 files" in kinds:
+        return _made(files, _hdf5_rows(list(files)), OfShards(Path("/"), phrases))
+    return _made(files, _listed(files, column, phrases), OfFiles(phrases, pixels, versions=files))
 
 
-def _made(rows: list[Row], read: Callable[[Row], Asked]) -> Pictures:
-    silent = next((row["id"] for row in rows if row.get("captions") == []), None)
-    if silent is not None:
-        raise ConfigError(f"phrases: empty, and {silent} brings none of its own; give e.g. --phrases '[\"red ring\"]'")
-    seen: set[str] = set()
+def _made(files: Files, rows: list[Row], read: OfFiles | OfShards) -> Pictures:
+    told, seen = sha256(repr(read.phrases).encode()), set[str]()
+    for mark in files.items():
+        told.update(repr(mark).encode(errors="surrogatepass"))
     for row in rows:
         if row["id"] in seen:
             raise DataError(f"images: {row['id']} is there twice")
         seen.add(row["id"])
-    told = sha256(repr([(row["id"], row.get("captions")) for row in rows]).encode(errors="surrogatepass"))
-    return Pictures(rows=pa.Table.from_pylist(rows), read=read, fingerprint=told.hexdigest()[:12])
+        told.update(repr((row["id"], row.get("captions"))).encode(errors="surrogatepass"))
+    schema = pa.schema([(key, kind) for key, kind in INDEX.items() if any(key in row for row in rows)])
+    return Pictures(rows=pa.Table.from_pylist(rows, schema=schema), read=read, fingerprint=told.hexdigest()[:12])
+
+
+def _silent(first: str) -> str:
+    return f"phrases: empty, and {first} brings none of its own; give e.g. --phrases '[\"red ring\"]'"
 
 
 # --- which files -----------------------------------------------------------------------------------------------------
 
 
-def _files(source: str) -> list[str]:
-    """Absolute paths or URLs, sorted; of a folder those with a suffix that tells what they are."""
+def _files(source: str) -> Files:
+    """Absolute paths or URLs, sorted; of a folder, and of a glob without a suffix of its own, those of a known one."""
     try:
         fs, path = fsspec.core.url_to_fs(source)
         if fs.isdir(path):
-            known = images.SUFFIXES | HDF5 | PARQUET
-            found = [p for p in fs.ls(path, detail=False) if _suffix(p) in known and not _hidden(p)]
+            found, wanted = fs.ls(path, detail=True), KNOWN
+        elif fs.exists(path):
+            found, wanted = [fs.info(path)], frozenset({_suffix(path)})
         else:
-            found = [path] if fs.exists(path) else [p for p in fs.glob(path) if not _hidden(p)]
+            found, wanted = fs.glob(path, detail=True).values(), KNOWN | {_suffix(path)} - {""}
     except ImportError as error:
         raise ConfigError(f"images: {source}: {error}; pip install 'rlfseg[s3]' brings what s3:// needs") from error
     except Exception as error:  # each file system raises its own library's errors
         raise DataError(f"images: {source} can't be listed: {error}") from error
     local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
-    return sorted(found if local else map(fs.unstrip_protocol, found))
+    files: Files = {}
+    for info in sorted(found, key=lambda info: str(info["name"])):
+        name = info["name"]
+        if info["type"] == "directory" or _suffix(name) not in wanted or (_hidden(name) and name != path):
+            continue
+        if local:
+            files[name] = stamp(name) or ()
+        else:  # as the listing has it, without a request a file
+            files[fs.unstrip_protocol(name)] = tuple(str(info[key]) for key in CHANGES if key in info)
+    return files
 
 
 def _name(path: str) -> str:
@@ -138,39 +163,84 @@ def _kind(path: str) -> str:
     return "HDF5 files" if suffix in HDF5 else "Parquet files" if suffix in PARQUET else "pictures"
 
 
-def _bytes(url: str) -> bytes:
-    try:
-        with fsspec.open(url) as file:
-            return bytes(file.read())
-    except (FileNotFoundError, PermissionError) as error:
-        raise BadSample(f"can't be read: {str(error) or 'no such object, or not permitted'}", file=url) from error
-    except Exception as error:  # of any library; the network's fault isn't the picture's
-        raise DataError(f"{url} can't be read: {error}; start again, it goes on from here") from error
+def _is_text(path: str) -> bool:
+    """Whether a file's name is UTF-8, as Arrow's text must be."""
+    return path.encode(errors="ignore").decode() == path
 
 
-# --- pictures --------------------------------------------------------------------------------------------------------
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_file(row: Row, *, pixels: int = images.MAX_PIXELS) -> Asked:
-    """Decodes the picture at the path or URL that is the row's id.
+def _picture(file: str) -> Row:
+    bad = None if _is_text(file) else "its name isn't UTF-8; rename it"
+    return {"id": file.encode(errors="backslashreplace").decode(), "bad": bad}
+
+
+class OfFiles:
+    """Reads pictures that are files, or lie in Parquet files as a file's bytes.
 
     Args:
-        row: `id`, `captions`.
+        phrases: To ask of every picture, after its own.
         pixels: Largest height times width.
-
-    Returns:
-        Picture and phrases.
-
-    Raises:
-        BadSample: It is missing, too large, or can't be decoded.
-        DataError: Its server can't be reached.
+        versions: What changes when a Parquet file does.
     """
-    place = row["id"]
-    source = _bytes(place) if "://" in place else place
-    return images.load_image(source, name=place, max_pixels=pixels), row["captions"]
+
+    def __init__(self, phrases: list[str], pixels: int = images.MAX_PIXELS, versions: Files | None = None):
+        self.phrases, self.pixels, self.versions = phrases, pixels, versions or {}
+
+    def __call__(self, row: Row) -> Asked:
+        """Decodes one picture.
+
+        Args:
+            row: `id`, which is its path or URL, or `file`, `group` and `row` of its bytes; `captions`, its own phrases;
+                `bad`, where the list that names it is wrong.
+
+        Returns:
+            Picture and phrases.
+
+        Raises:
+            BadSample: It is missing, too large, or can't be decoded, or its row is bad.
+            DataError: Its disk or server can't be read.
+        """
+        place = row["id"]
+        if row.get("bad"):
+            raise BadSample(row["bad"], file=place)
+        source = place
+        if row.get("file"):
+            source = self._embedded(row)
+        elif "://" in place:
+            source = fetch.of_url(place)
+        image = images.load_image(source, name=place, max_pixels=self.pixels)
+        return image, [*(row.get("captions") or ()), *self.phrases]
+
+    def _embedded(self, row: Row) -> bytes:
+        """Its bytes, which lie there bare or as `{bytes, path}`."""
+        try:
+            value = fetch.of_group(row["file"], row["group"], row["row"], self.versions.get(row["file"], ()))
+        except BadSample as error:
+            raise BadSample(error.reason, file=row["id"]) from error
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise BadSample("its `image` holds no bytes", file=row["id"])
+        return data
 
 
 # --- Parquet ---------------------------------------------------------------------------------------------------------
+
+
+def _listed(files: Iterable[str], column: str, phrases: list[str]) -> list[Row]:
+    """A row a picture; `bad` says what is wrong with its phrases or its path."""
+    rows = _merged(row for file in files for row in _parquet_rows(file, column, needed=not phrases))
+    if not rows:
+        raise ConfigError(f"images: {next(iter(files))} has no rows")
+    silent = [row for row in rows if not (phrases or row["captions"] or row["bad"])]
+    if len(silent) == len(rows):
+        raise ConfigError(_silent(rows[0]["id"]))
+    for row in silent:
+        row["bad"] = f"its `{column}` holds no phrase, and no `phrases` are given for all"
+    if all(row["bad"] for row in rows):
+        raise DataError(f"images: {rows[0]['id']}: {rows[0]['bad']}; no other row can be used either")
+    return rows
 
 
 def _parquet_rows(file: str, column: str, *, needed: bool) -> Iterator[Row]:
@@ -186,27 +256,37 @@ def _parquet_rows(file: str, column: str, *, needed: bool) -> Iterator[Row]:
             number = 0
             for group in range(parquet.num_row_groups):
                 for n, row in enumerate(parquet.read_row_group(group, columns=wanted).to_pylist()):
-                    captions = _phrases(row.get(column), f"{file}, row {number}")
+                    captions, bad = _phrases(row.get(column), where := f"{_name(file)}, row {number}")
+                    known = {"id": f"{file}#{number}", "captions": captions, "bad": bad}
                     if "image" in names:
-                        yield {"id": f"{file}#{number}", "captions": captions, "file": file, "group": group, "row": n}
+                        yield known | {"file": file, "group": group, "row": n}
+                    elif _is_path(row["path"]):
+                        yield known | {"id": _resolved(row["path"], file)}
                     else:
-                        yield {"id": _resolved(row["path"], file, number), "captions": captions}
+                        yield known | {"bad": f"{where}: {row['path']!a:.40} is no path"}
                     number += 1
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"images: {file}: not a whole Parquet file ({error})") from error
+    except DataError:
+        raise
+    except Exception as error:  # of any library
+        if fetch.damaged(error):
+            raise DataError(f"images: {file}: not a whole Parquet file ({error})") from error
+        raise fetch.outage(f"images: {file}", error) from error
 
 
-def _phrases(value: Any, where: str) -> list[str]:
+def _phrases(value: Any, where: str) -> tuple[list[str], str | None]:
+    """A row's own phrases, and what is wrong with them."""
     try:
-        return [checked_phrase(p or "") for p in ([value] if isinstance(value, str) else value or ())]
+        return [checked_phrase(p or "") for p in ([value] if isinstance(value, str) else value or ())], None
     except (BadSample, TypeError, AttributeError) as error:
-        raise DataError(f"images: {where}: {getattr(error, 'reason', f'{value!a:.40} is no phrase')}") from error
+        return [], f"{where}: {getattr(error, 'reason', f'{value!a:.40} is no phrase')}"
 
 
-def _resolved(path: Any, file: str, number: int) -> str:
+def _is_path(path: Any) -> bool:
+    return isinstance(path, str) and bool(path) and "\0" not in path
+
+
+def _resolved(path: str, file: str) -> str:
     """A path is relative to the file that names it."""
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise DataError(f"images: {file}, row {number}: {path!a} is no path")
     return path if "://" in path or os.path.isabs(path) else f"{file.rpartition('/')[0]}/{path}"
 
 
@@ -214,37 +294,10 @@ def _merged(rows: Iterable[Row]) -> list[Row]:
     """A row a picture: lists of referring expressions have a row a phrase."""
     merged: dict[str, Row] = {}
     for row in rows:
-        merged.setdefault(row["id"], row | {"captions": []})["captions"].extend(row["captions"])
+        first = merged.setdefault(row["id"], row | {"captions": []})
+        first["captions"].extend(row["captions"])
+        first["bad"] = first["bad"] or row["bad"]
     return list(merged.values())
-
-
-@lru_cache(maxsize=1)  # the pictures of a row group are asked for one after the other
-def _embedded(file: str, group: int) -> pa.ChunkedArray:
-    with fsspec.open(file) as opened:
-        return pq.ParquetFile(opened).read_row_group(group, columns=["image"])["image"]
-
-
-def read_embedded(row: Row, *, pixels: int) -> Asked:
-    """Decodes the picture whose file lies in a Parquet file, as bytes or as `{bytes, path}`.
-
-    Args:
-        row: `id`, `captions`, `file`, `group`, `row`.
-        pixels: Largest height times width.
-
-    Returns:
-        Picture and phrases.
-
-    Raises:
-        BadSample: There are no bytes, they are too large a picture, or can't be decoded.
-    """
-    try:
-        value = _embedded(row["file"], row["group"])[row["row"]].as_py()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise BadSample(f"its row group is damaged ({error})", file=row["id"]) from error
-    data = value.get("bytes") if isinstance(value, dict) else value
-    if not isinstance(data, bytes):
-        raise BadSample("its `image` holds no bytes", file=row["id"])
-    return images.load_image(data, name=row["id"], max_pixels=pixels), row["captions"]
 
 
 # --- HDF5 ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from rlfseg.errors import BadSample, ConfigError, DataError
-from rlfseg.pipeline.pictures import Pictures, find, read_file
+from rlfseg.pipeline.pictures import OfFiles, Pictures, find
 
 Array = np.ndarray[Any, Any]
 ASK = ["red ring"]
@@ -42,8 +43,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-def seen(found: Pictures) -> dict[str, tuple[Array, list[str]]]:
-    return {row["id"]: found.read(row) for row in found.rows.to_pylist()}
+def seen(found: Pictures, *, skip: tuple[str, ...] = ()) -> dict[str, tuple[Array, list[str]]]:
+    rows = [row for row in found.rows.to_pylist() if not row["id"].endswith(skip)]
+    return {row["id"]: found.read(row) for row in rows}
 
 
 def check(found: Pictures, numbers: list[int], phrases: list[list[str]]) -> None:
@@ -84,6 +86,38 @@ def test_a_folder_whose_name_looks_like_a_glob(folder: Path) -> None:
     check(find(str(odd), ASK, "phrases"), [4], [ASK])
 
 
+def test_globs_take_pictures_only(folder: Path) -> None:
+    def names(pattern: str) -> list[str]:
+        return [
+            Path(i).relative_to(folder).as_posix() for i in find(f"{folder}/{pattern}", ASK, "x").rows["id"].to_pylist()
+        ]
+
+    (folder / "album.png").mkdir()
+    (folder / "raw.dat").write_bytes(png(6))
+    (folder / "README").touch()
+    assert names("") == names("*") == names("*.*") == ["a.png", "b.PNG"]
+    assert names("**") == ["a.png", "b.PNG", "deep/er/c.png"]
+    assert names("*.p*") == names("*.png") == ["a.png"]
+    assert names("*.dat") == names("raw.dat") == ["raw.dat"]
+    with pytest.raises(ConfigError, match="names no picture"):
+        names("READ*")
+
+
+def test_a_name_that_is_not_utf_8_is_refused_with_its_file(folder: Path) -> None:
+    odd = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.png"))
+    odd.write_bytes(png(1))
+    found = find(str(folder), ASK, "phrases")
+    good, *_, bad = sorted(found.rows.to_pylist(), key=lambda row: row["bad"] or "")
+    np.testing.assert_array_equal(found.read(good)[0], picture(0))
+    with pytest.raises(BadSample, match=r"caf\\udce9\.png: its name isn't UTF-8; rename it"):
+        found.read(bad)
+    odd.rename(odd.with_suffix(".parquet"))
+    for file in folder.glob("*.[pP][nN][gG]"):
+        file.unlink()
+    with pytest.raises(DataError, match=r"caf\\udce9\.parquet': its name isn't UTF-8; rename it"):
+        find(str(folder), ASK, "phrases")
+
+
 def test_one_kind_at_a_time(folder: Path) -> None:
     (folder / "more.parquet").touch()
     with pytest.raises(ConfigError, match="holds Parquet files and pictures: say which, by a glob"):
@@ -109,6 +143,26 @@ def test_fingerprints_tell_pictures_and_phrases_apart(folder: Path) -> None:
     assert first != find(str(folder), ["blue ring"], "phrases").fingerprint
     (folder / "new.jpg").write_bytes(png(5))
     assert first != find(str(folder), ASK, "phrases").fingerprint
+
+
+def test_fingerprints_tell_other_contents_apart(folder: Path) -> None:
+    """Of a picture, of a link's target, of a Parquet file; whatever the size, as the time tells."""
+    link = folder / "link.png"
+    link.symlink_to(folder / "deep/er/c.png")
+    held = Path(table(folder.parent / "held.parquet", image=[png(0)]))
+    for source, changed in ((folder, folder / "a.png"), (folder, folder / "deep/er/c.png"), (held, held)):
+        first = find(str(source), ASK, "phrases").fingerprint
+        assert first == find(str(source), ASK, "phrases").fingerprint
+        state = changed.stat()
+        os.utime(changed, ns=(state.st_atime_ns, state.st_mtime_ns + 1000))
+        assert first != find(str(source), ASK, "phrases").fingerprint
+
+
+def test_phrases_for_all_are_not_kept_a_row(folder: Path) -> None:
+    many = [f"a phrase {n} of a common length" for n in range(80)]
+    found = find(str(folder), many, "phrases")
+    assert found.rows.nbytes < 200 * found.rows.num_rows
+    check(found, [0, 1], [many] * 2)
 
 
 def test_unknown_kinds_of_urls_are_told_in_a_line() -> None:
@@ -161,14 +215,44 @@ def test_parquet_that_holds_the_pictures(tmp_path: Path) -> None:
         ({"path": [None], "phrases": [["x"]]}, "row 0: None is no path"),
         ({"path": [7], "phrases": [["x"]]}, "row 0: 7 is no path"),
         ({"path": ["a\0.png"], "phrases": [["x"]]}, "is no path"),
-        ({"path": ["a.png", "b.png"], "phrases": [["x"], [" "]]}, "row 1: the phrase ' ' is empty"),
+        ({"path": ["a.png", "b.png"], "phrases": [[" "], None]}, "row 0: the phrase ' ' is empty.*no other row"),
         ({"path": ["a.png"], "phrases": [3]}, "row 0: 3 is no phrase"),
         ({"path": ["a.png"], "phrases": [[None]]}, "row 0: the phrase '' is empty"),
     ],
 )
-def test_bad_rows_of_parquet_are_named(tmp_path: Path, columns: Any, told: str) -> None:
+def test_lists_without_a_good_row_are_refused(tmp_path: Path, columns: Any, told: str) -> None:
     with pytest.raises(DataError, match=told):
         find(table(tmp_path / "bad.parquet", **columns), [], "phrases")
+
+
+def test_bad_rows_of_parquet_are_refused_alone(folder: Path) -> None:
+    def refused(found: Pictures, told: dict[str, str]) -> None:
+        for row in found.rows.to_pylist():
+            for name, why in told.items():
+                if row["id"].endswith(name):
+                    with pytest.raises(BadSample, match=why):
+                        found.read(row)
+        assert list(seen(found, skip=tuple(told))) == [str(folder / "a.png")]
+
+    paths = ["a.png", "n.png", "e.png", "b.PNG", "z.png", None]
+    phrases = [["x"], None, [], [" "], [None], ["x"]]
+    list_of = table(folder / "l.parquet", path=paths, phrases=phrases)
+    no_phrase, empty = "its `phrases` holds no phrase", "the phrase '.*' is empty"
+    told = {
+        "b.PNG": rf"b\.PNG: l\.parquet, row 3: {empty}",
+        "z.png": f"row 4: {empty}",
+        "l.parquet#5": "None is no path",
+    }
+    refused(find(list_of, [], "phrases"), told | {"n.png": no_phrase, "e.png": no_phrase})
+    for name in ("n.png", "e.png"):
+        (folder / name).write_bytes(png(7))
+    found = find(list_of, ASK, "phrases")
+    assert [own for _, own in seen(found, skip=tuple(told)).values()] == [["x", *ASK], ASK, ASK]
+
+    for nothing in (pa.array([None, []], pa.list_(pa.string())), pa.array([None, None], pa.string())):
+        silent = table(folder / "s.parquet", path=["a.png", "b.PNG"], phrases=nothing)
+        with pytest.raises(ConfigError, match=r"phrases: empty, and .*a\.png brings none"):
+            find(silent, [], "phrases")
 
 
 def test_a_truncated_parquet_file_is_named(tmp_path: Path) -> None:
@@ -250,10 +334,18 @@ def test_pictures_and_lists_on_s3(bucket: Any, tmp_path: Path) -> None:
     bucket.put(held, "pictures/h.parquet")
     check(find("s3://pictures/h.parquet", ASK, "phrases"), [0, 1, 2], [ASK] * 3)
 
+    first = find("s3://pictures/photos", ASK, "phrases").fingerprint
+    assert first == find("s3://pictures/photos", ASK, "phrases").fingerprint
+    bucket.pipe("pictures/photos/0.png", png(0)[:-1] + b"x")  # as many bytes
+    for source in ("s3://pictures/photos", "s3://pictures/photos/*"):
+        assert first != find(source, ASK, "phrases").fingerprint
+    bucket.pipe("pictures/photos/0.png", png(0))
+    assert find("s3://pictures/photos/*", ASK, "phrases").rows.num_rows == 3
+
     with pytest.raises(ConfigError, match="names no picture"):
         find("s3://pictures/none", ASK, "phrases")
     with pytest.raises(BadSample, match=r"s3://pictures/gone\.png: can't be read"):
-        read_file({"id": "s3://pictures/gone.png", "captions": ASK})
+        OfFiles(ASK)({"id": "s3://pictures/gone.png"})
 
 
 def test_a_server_that_is_gone_is_no_fault_of_the_picture(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,6 +359,6 @@ def test_a_server_that_is_gone_is_no_fault_of_the_picture(bucket: Any, monkeypat
 
 def _check_gone() -> None:
     with pytest.raises(DataError, match="start again, it goes on from here"):
-        read_file({"id": "s3://pictures/a.png", "captions": ASK})
+        OfFiles(ASK)({"id": "s3://pictures/a.png"})
     with pytest.raises(DataError, match="can't be listed"):
         find("s3://pictures/", ASK, "phrases")
