@@ -16,7 +16,7 @@ from rlfseg import adapter, draw, images, sampling, tracking
 from rlfseg.config import CalibrateConfig, SamplingConfig, as_dict
 from rlfseg.errors import DataError
 from rlfseg.metrics import THRESHOLDS, Sums, iou_by_threshold, score_histograms, units
-from rlfseg.pipeline.bases import fetch_base
+from rlfseg.pipeline.bases import open_adapter
 from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.folders import good_rows, weights, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
@@ -44,9 +44,7 @@ def run(config: CalibrateConfig) -> Summary:
         ModelError: The adapter can't be loaded.
     """
     samples, out = open_samples(config.samples), Path(config.out).absolute()
-    folder = Path(config.adapter).absolute()
-    card = adapter.read_card(folder)
-    fetch_base(card)
+    folder, card = open_adapter(str(Path(config.adapter).absolute()), SamplingConfig())
     settings = as_dict(config)
     connect()
     gpus = gpus_per_worker(config.run, config.device)

@@ -7,9 +7,10 @@ from pathlib import Path
 import rlfseg
 from rlfseg import adapter
 from rlfseg.adapter import Card
-from rlfseg.config import EvaluateConfig, SamplingConfig, as_dict
+from rlfseg.config import EvaluateConfig, as_dict
 from rlfseg.hdf5.check import Place, stored_text
 from rlfseg.hdf5.reading import opened
+from rlfseg.pipeline.bases import Opened
 from rlfseg.pipeline.predictions import Predictions
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import Samples
@@ -18,13 +19,13 @@ MASK_THRESHOLD = 0.5  # for predictions already made, where none is given
 AS_GIVEN = ("clipseg_side", "refer_side", "present_only", "resamples", "seed")
 
 
-def what(config: EvaluateConfig, samples: Samples, folder: Path | None, found: Predictions | None) -> Row:
+def what(config: EvaluateConfig, samples: Samples, used: Opened | None, found: Predictions | None) -> Row:
     """The settings that took effect, and what tells the inputs from others.
 
     Args:
         config: Settings of the command.
         samples: The set.
-        folder: Of the adapter, or None.
+        used: The adapter, or None.
         found: The predictions, where there is no adapter.
 
     Returns:
@@ -32,36 +33,19 @@ def what(config: EvaluateConfig, samples: Samples, folder: Path | None, found: P
         `predictions` with `png_values`, `samples` and how their `truth` was made.
     """
     settings = as_dict(config)
-    card = None if folder is None else adapter.read_card(folder)
-    threshold, threshold_from = _threshold(config, card)
+    threshold, threshold_from = _threshold(config, None if used is None else used.card)
     effective: Row = {"rlfseg": rlfseg.__version__, "threshold": threshold, "threshold_from": threshold_from}
     effective |= {k: settings[k] for k in AS_GIVEN}
-    if folder is None or card is None:
+    if used is None:
         mark = None if found is None else found.fingerprint
         effective |= {"predictions": str(Path(config.predictions or "").absolute()), "predictions_fingerprint": mark}
         effective |= {"png_values": config.png_values}
     else:
-        effective |= {"adapter": config.adapter, "adapter_version": adapter.version(folder)}
-        effective |= {"base": card.base, "base_only": config.base_only, "autoencoder": config.fast.autoencoder}
-        effective |= {"sampling": settings["sampling"] | {"eps": card.eps(config.sampling)}}
+        effective |= {"adapter": config.adapter, "adapter_version": adapter.version(used.folder)}
+        effective |= {"base": used.card.base, "base_only": config.base_only, "autoencoder": config.fast.autoencoder}
+        effective |= {"sampling": settings["sampling"] | {"eps": used.card.eps(config.sampling)}}
     marks = {"samples": str(Path(config.samples).absolute()), "samples_fingerprint": samples.fingerprint}
     return effective | marks | {"truth": _truth(samples)}
-
-
-def check_sampling(config: SamplingConfig, card: Card) -> None:
-    """Refuses on the driver what the actors would refuse.
-
-    Args:
-        config: How masks are sampled.
-        card: Of the adapter, for its eps.
-
-    Raises:
-        ConfigError: Settings don't go together, or rescaling has no eps.
-    """
-    if config.rescale != "none":
-        from rlfseg import sampling  # torch takes seconds to import
-
-        sampling.check(config.steps, config.rescale, card.eps(config))
 
 
 def _threshold(config: EvaluateConfig, card: Card | None) -> tuple[float, str]:

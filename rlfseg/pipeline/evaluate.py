@@ -20,12 +20,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from rlfseg import adapter, images, metrics, tracking
+from rlfseg import images, metrics, tracking
 from rlfseg.config import EvaluateConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError, DataError
 from rlfseg.metrics import PROTOCOLS, Argmax, SemSeg
 from rlfseg.pipeline import effective, report
-from rlfseg.pipeline.bases import fetch_autoencoder, fetch_base
+from rlfseg.pipeline.bases import Opened, fetch_autoencoder, open_adapter
 from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.predictions import LoadPredicted, find
 from rlfseg.pipeline.rows import OK, Row, RowByRow, Rows, refused
@@ -92,24 +92,20 @@ def run(config: EvaluateConfig) -> Summary:
         raise ConfigError(f"protocol: empty; give some of {', '.join(KNOWN)}")
     samples, out = open_samples(config.samples), Path(config.out).absolute()
     classes = _classes(samples) if "semseg" in config.protocols else ()
-    folder = adapter.resolve(config.adapter).absolute() if config.adapter else None
-    if folder is not None:
-        card = adapter.read_card(folder)
-        effective.check_sampling(config.sampling, card)
-        fetch_base(card)
+    used = open_adapter(config.adapter, config.sampling) if config.adapter else None
     source = config.predictions
     found = None if source is None else find(samples.rows, Path(source).absolute(), classes)
     settings, identity = as_dict(config), samples.identity
     identity |= {k: settings[k] for k in IDENTITY} | {"autoencoder": fetch_autoencoder(config.fast.autoencoder)}
     identity |= {"protocol": list(config.protocols)}
-    what = effective.what(config, samples, folder, found)
+    what = effective.what(config, samples, used, found)
     identity |= {k: what.get(k) for k in ("adapter_version", "predictions_fingerprint")}
     connect()
     summary = run_stage(
         Stage(
             name="evaluate",
             rows=samples.rows if found is None else found.rows,
-            **_steps(config, samples, folder, classes, what["threshold"]),
+            **_steps(config, samples, used, classes, what["threshold"]),
             schema=schema(config.protocols),
             out=out,
             run=config.run,
@@ -120,16 +116,16 @@ def run(config: EvaluateConfig) -> Summary:
     )
     results = json.loads((out / "results.json").read_text())
     figures = report.figures(results)
-    _record(config, out, folder, samples, what, figures)
-    idle = config.sampling.idle if folder else ()
+    _record(config, out, used, samples, what, figures)
+    idle = config.sampling.idle if used else ()
     return replace(summary, figures=figures, notes=(*summary.notes, *idle, *results["notes"]))
 
 
 def _steps(
-    config: EvaluateConfig, samples: Samples, folder: Path | None, classes: tuple[str, ...], threshold: float
+    config: EvaluateConfig, samples: Samples, used: Opened | None, classes: tuple[str, ...], threshold: float
 ) -> dict[str, Any]:
     """What loads, works and finishes."""
-    if folder is None:
+    if used is None:
         assert config.predictions is not None
         source = Path(config.predictions).absolute()
         asked = () if config.present_only else classes
@@ -140,9 +136,9 @@ def _steps(
         }
     gpus = gpus_per_worker(config.run, config.device)
     return {
-        "load": LoadTruth(samples, adapter.read_card(folder).resolution),
+        "load": LoadTruth(samples, used.card.resolution),
         "work": Scorer,
-        "kwargs": {"config": config, "classes": classes, "reference": str(folder)},
+        "kwargs": {"config": config, "classes": classes, "reference": str(used.folder)},
         "finish": Measure(config, threshold, classes),
         "gpus": gpus,
         "arithmetic": arithmetic("auto", gpus),
@@ -335,10 +331,10 @@ class Measure:
 
 
 def _record(
-    config: EvaluateConfig, out: Path, folder: Path | None, samples: Samples, what: Row, figures: dict[str, float]
+    config: EvaluateConfig, out: Path, used: Opened | None, samples: Samples, what: Row, figures: dict[str, float]
 ) -> None:
     """An MLflow run, linked to the training that made the adapter."""
-    parent = adapter.read_card(folder).run_id if folder else ""
+    parent = used.card.run_id if used else ""
     tags = {"rlfseg.stage": "evaluate", "rlfseg.samples": str(samples.folder)}
     with tracking.Run.start(
         config.tracking, params=as_dict(config) | {"what": what}, run_name=out.name, tags=tags, parent=parent or None

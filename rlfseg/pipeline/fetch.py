@@ -18,10 +18,8 @@ import pyarrow.parquet as pq
 from rlfseg.errors import BadSample, DataError
 
 OF_THE_OBJECT = (ENOENT, EACCES, EISDIR, ENOTDIR, ENAMETOOLONG)
-FORBIDDEN = (
-    "AccessDenied",
-    "InvalidObjectState",
-)  # in S3's words; keys that expired or are of no use are no fault of it
+# In S3's words; keys that expired or are of no use are no fault of the object
+FORBIDDEN = ("AccessDenied", "InvalidObjectState")
 AT_ONCE = 16  # pictures of a row group that are in memory as values
 BUFFER = 1 << 20  # bytes
 

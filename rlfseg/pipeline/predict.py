@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from rlfseg import adapter, images
 from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, WorkersConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError
-from rlfseg.pipeline import effective
-from rlfseg.pipeline.bases import fetch_autoencoder, fetch_base
+from rlfseg.pipeline.bases import fetch_autoencoder, open_adapter
 from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.pictures import Asked, find
@@ -68,10 +67,7 @@ def run(config: PredictConfig) -> Summary:
         ModelError: The adapter can't be loaded.
     """
     out, phrases = Path(config.out).absolute(), _phrases(config)
-    folder = adapter.resolve(config.adapter).absolute()
-    card = adapter.read_card(folder)
-    effective.check_sampling(config.sampling, card)
-    fetch_base(card)
+    folder, card = open_adapter(config.adapter, config.sampling)
     autoencoder = fetch_autoencoder(config.fast.autoencoder)
     pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
     settings = as_dict(config)
@@ -111,9 +107,8 @@ def run(config: PredictConfig) -> Summary:
 
 def _most_phrases(rows: pa.Table, phrases: list[str]) -> int:
     """Of a picture; HDF5 files tell only later how many captions of their own they have, which are few."""
-    if "captions" not in rows.column_names:
-        return len(phrases)
-    return int(pc.max(pc.list_value_length(rows["captions"])).as_py())
+    own = pc.max(pc.list_value_length(rows["captions"])).as_py() if "captions" in rows.column_names else 0
+    return len(phrases) + (own or 0)
 
 
 def _fitting(run: WorkersConfig, phrases: int, resolution: int) -> tuple[WorkersConfig, tuple[str, ...]]:

@@ -19,6 +19,7 @@ from rlfseg.datasets import folder, records
 from rlfseg.errors import ConfigError, ModelError
 from rlfseg.metrics import PROTOCOLS, Argmax, SemSeg
 from rlfseg.pipeline import effective, evaluate, predict, report
+from rlfseg.pipeline.bases import Opened
 from rlfseg.pipeline.evaluate import LoadTruth, Measure, Scorer
 from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.predictions import LoadPredicted, find
@@ -188,7 +189,7 @@ def test_what_an_adapter_computes_is_told_and_other_weights_are_another_job(tmp_
     assert first == same
     assert [{k for k in first if first[k] != other[k]} for other in others] == [{"adapter_version"}] * 2
     assert len({other["adapter_version"] for other in others}) == 2
-    what = effective.what(settings, open_samples(tmp_path / "set"), held, None)
+    what = effective.what(settings, open_samples(tmp_path / "set"), Opened(held, adapter.read_card(held)), None)
     assert (what["threshold"], what["threshold_from"]) == (0.37, "the adapter's card, calibrated")
     assert (what["adapter"], what["adapter_version"]) == (str(held), adapter.version(held))
     assert (what["sampling"]["rescale"], what["sampling"]["eps"]) == ("aos", 0.2)
@@ -196,7 +197,7 @@ def test_what_an_adapter_computes_is_told_and_other_weights_are_another_job(tmp_
     assert what["truth"] == {"source": None, "rasteriser": "pil"}
     assert begun[0].finish.threshold == 0.37  # type: ignore[union-attr]
     given = config(adapter=str(held), predictions=None, samples=str(tmp_path / "set"), threshold=0.6)
-    what = effective.what(given, open_samples(tmp_path / "set"), held, None)
+    what = effective.what(given, open_samples(tmp_path / "set"), Opened(held, adapter.read_card(held)), None)
     assert (what["threshold"], what["threshold_from"]) == (0.6, "--threshold")
 
 
