@@ -104,8 +104,8 @@ class PredictConfig:
     """Masks for phrases on many pictures."""
 
     images: str
-    """Pictures, Parquet files (`path`, or `image` with bytes) or HDF5 files: a file, a folder, a glob, or one of these
-    at a URL (s3://bucket/folder); or a folder of `prepare`."""
+    """Pictures, Parquet files (`path`, or `image` with bytes) or HDF5 files: a file, a folder without those in it, a
+    glob ('photos/**/*.jpg' goes deeper), or one of these at a URL (s3://bucket/folder); or a folder of `prepare`."""
     out: OutFolder
     """Folder to write Parquet with masks as COCO RLE to, and PNGs and overlays on request."""
     phrases: tuple[str, ...] = ()

@@ -96,11 +96,11 @@ class _Group:
 
     def __init__(self, file: str, group: int):
         self.file, self.group, self.first = file, group, 0
-        self.batches, self.values = self._read(), pa.array([], pa.binary())
+        self.batches, self.values = _read(self.file, self.group), pa.array([], pa.binary())
 
     def value(self, row: int) -> Any:
         if row < self.first:
-            self.first, self.batches, self.values = 0, self._read(), self.values[:0]
+            self.first, self.batches, self.values = 0, _read(self.file, self.group), self.values[:0]
         while row >= self.first + len(self.values):
             # Where an error has ended it there is nothing more, and so no second way up to there for each row behind
             values = next(self.batches, None)
@@ -109,12 +109,14 @@ class _Group:
             self.first, self.values = self.first + len(self.values), values
         return self.values[row - self.first].as_py()
 
-    def _read(self) -> Iterator[pa.Array]:
-        with fsspec.open(self.file) as opened:
-            # Both settings, or Arrow loads the whole column of the row group
-            parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=BUFFER)
-            for batch in parquet.iter_batches(AT_ONCE, row_groups=[self.group], columns=["image"]):
-                yield batch["image"]
+
+def _read(file: str, group: int) -> Iterator[pa.Array]:
+    """No method, which would hold its object, and what it has loaded, until the garbage is collected."""
+    with fsspec.open(file) as opened:
+        # Both settings, or Arrow loads the whole column of the row group
+        parquet = pq.ParquetFile(opened, pre_buffer=False, buffer_size=BUFFER)
+        for batch in parquet.iter_batches(AT_ONCE, row_groups=[group], columns=["image"]):
+            yield batch["image"]
 
 
 @lru_cache(maxsize=1)  # the pictures of a row group are asked for one after the other, by many tasks of a process

@@ -177,7 +177,8 @@ def _pipeline(stage: Stage) -> Dataset:
 
 def rows_per_task(rows: int, run: WorkersConfig) -> int:
     """Whole batches: who is in one with whom, and so a result's last bits, depend on no number of CPUs or nodes."""
-    share = min(256, rows // (8 * max(run.workers, run.loaders)))
+    # At the end workers wait for the last one's task: for a thirty-second of their work at most
+    share = min(256, rows // max(32 * run.workers, 8 * run.loaders))
     return run.batch_size * max(1, round(share / run.batch_size))
 
 

@@ -112,10 +112,11 @@ def embedded() -> World:
     files = {"pictures.parquet": _parquet(pa.table(tree))}
 
     def read(folder: Path) -> None:
-        from rlfseg.pipeline import pictures as p
+        from rlfseg.pipeline import fetch
+        from rlfseg.pipeline.pictures import find
 
-        p._embedded.cache_clear()  # the file was another before
-        found = p.find(str(folder / "pictures.parquet"), ["dog"], "phrases")
+        fetch._group.cache_clear()  # the file was another before
+        found = find(str(folder / "pictures.parquet"), ["dog"], "phrases")
         for row in found.rows.to_pylist()[:3]:
             found.read(row)
 
