@@ -1,6 +1,6 @@
 """What test_training.py asks of a compiled UNet, in a process without beartype, which torch can't compile.
 
-The compiled training runs under data parallelism, as `pipeline/loop.py` has it.
+The compiled training runs under data parallelism, as `pipeline/loop.py` has it, with gradient checkpointing.
 
 python tests/compiled.py FOLDER      saves the adapter into FOLDER, prints JSON
 """
@@ -32,7 +32,8 @@ def make(compiled: bool) -> TrainState:
     tiny, lora = BackboneConfig(base="tiny", resolution=64, device="cpu"), LoraConfig(rank=4, targets=EVERY_LAYER)
     backbone = Backbone.load(tiny)
     backbone.add_lora(lora)
-    speed, optimizer = SpeedConfig(compile=compiled), OptimizerConfig(lr=2e-3)
+    speed = SpeedConfig(compile=compiled, gradient_checkpointing=compiled)
+    optimizer = OptimizerConfig(lr=2e-3)
     return TrainState(TrainConfig(out="", backbone=tiny, lora=lora, optimizer=optimizer, speed=speed), backbone, 100)
 
 

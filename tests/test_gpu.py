@@ -83,6 +83,14 @@ def test_a_training_step_is_that_of_the_cpu_but_for_rounding(dtype: str, roundin
     assert torch.cosine_similarity(gradients(here), gradients(there).cpu(), dim=0) > 1 - rounding
 
 
+def test_a_compiled_step_with_all_settings_of_speed_is_that_of_the_cpu_but_for_rounding() -> None:
+    speed = SpeedConfig(compile=True, gradient_checkpointing=True, channels_last=True, tf32=False)
+    here, there = make(), make(backbone=replace(TINY, device="cuda", dtype="fp32"), speed=speed)
+    [batch, *_] = drawn_batches()
+    assert there.step(batch)["loss"] == pytest.approx(here.step(batch)["loss"], rel=0.01)
+    assert torch.cosine_similarity(gradients(here), gradients(there).cpu(), dim=0) > 0.99
+
+
 # --- stages, with real actors on it ---------------------------------------------------------------------------------
 
 
