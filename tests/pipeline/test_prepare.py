@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import replace
@@ -203,6 +204,20 @@ def test_a_writer_keeps_the_good_and_names_the_bad(source: Path, tmp_path: Path)
     assert list(hdf5.iter_ids(tmp_path / "shard-00000.h5")) == ["3", "8"]
     (row,) = ShardWriter(tmp_path, load, prepare._record_id, {}, skip=False)([{"id": "shard-00000", "items": items}])
     assert row["status"].startswith("refused: ")
+
+
+def test_a_disk_that_fails_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stale(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    def load(item: str) -> records.Loaded:
+        return records.load(records.Record(id=item, image=item, size=None, split="", phrases=(), source="x"), "pil")
+
+    monkeypatch.setattr(Image, "open", stale)
+    with pytest.raises(DataError, match=r"^a\.png can't be read: Stale file handle; start again") as caught:
+        ShardWriter(tmp_path, load, str, {}, skip=True)([{"id": "shard-00000", "items": ["a.png"]}])
+    assert not isinstance(caught.value, BadSample)
+    assert list(tmp_path.glob("*.h5")) == []
 
 
 def test_every_image_of_a_refused_shard_is_refused(tmp_path: Path) -> None:
