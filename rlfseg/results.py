@@ -44,7 +44,10 @@ class Result:
 
     @cached_property
     def mask(self) -> NDArray[np.uint8]:
-        """uint8 {0, 1} [H, W].
+        """Where the score is above the threshold.
+
+        Returns:
+            uint8 {0, 1} [H, W].
 
         Raises:
             BadSample: The network gave NaN: no mask is not an empty mask.
