@@ -273,9 +273,7 @@ class Meter:
         self.rows.append(figures)
         if step % self.every:
             return
-        if (
-            len(self.rows) == self.every
-        ):  # fewer after a resume between two entries: no mean of what an entry stands for
+        if len(self.rows) == self.every:  # fewer after a resume between two entries: no mean of what one stands for
             self._log(step)
         self.rows, self.start = [], time.monotonic()
 
