@@ -49,7 +49,10 @@ from rlfseg.training import PROGRESS, STATE, binding
 logger = logging.getLogger(__name__)
 
 NO_ADAPTER = shutil.ignore_patterns(STATE, PROGRESS, SEAL, ".*")  # of a checkpoint
-START_TIMEOUT_S = "300"  # of a group of workers; Ray's own is 60 and it would try for ever
+# Until there is room for the workers; Ray's own is 60 s, and it would try for ever. Where fewer may go on they need not
+# wait: just after a node was lost, Ray counts on it once more
+START_TIMEOUT_S, ELASTIC_TIMEOUT_S = "300", "30"
+START_FAILURES = 3
 
 
 def run(config: TrainConfig) -> Summary:
@@ -233,7 +236,9 @@ def _kept(init: Path, out: Path) -> Path:
 def _fit(job: Job, store: Store) -> set[str]:
     """Trains; returns the paths of the checkpoints that Ray has kept."""
     config, use_gpu = job.config, _use_gpu(job.config)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_TIMEOUT_S)
+    elastic = config.min_workers is not None
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", ELASTIC_TIMEOUT_S if elastic else START_TIMEOUT_S)
+    start_failures = START_FAILURES + (config.max_failures if elastic else 0)  # each node lost may cost one
     trainer = TorchTrainer(
         work,  # type: ignore[arg-type]  # V2 takes what a worker returns
         train_loop_config={"job": job},
@@ -247,7 +252,7 @@ def _fit(job: Job, store: Store) -> set[str]:
             name=job.name,
             storage_path=store.root,
             storage_filesystem=store.filesystem,
-            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=3),  # type: ignore[call-arg]
+            failure_config=FailureConfig(max_failures=config.max_failures, controller_failure_limit=start_failures),  # type: ignore[call-arg]
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep, checkpoint_score_attribute=SCORE),
         ),
     )
