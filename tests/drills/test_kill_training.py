@@ -15,83 +15,17 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from mlflow import MlflowClient
-from safetensors.torch import load_file
 
-from rlfseg.pipeline.checkpoints import Store, damage
-from rlfseg.pipeline.loop import read_curve
-from tests.drills.test_cluster import started
+from rlfseg.pipeline.checkpoints import Store
+from tests.drills.training import STEPS, Training
 
 pytestmark = [pytest.mark.drill, pytest.mark.timeout(3600)]
-STEPS = 14  # into the second epoch
 RNG = random.Random(42)
 MOMENTS = [(RNG.randint(1, STEPS - 2), RNG.random()) for _ in range(5)]
-
-
-class Training:
-    """`python -m jobs.train` into a folder, as often as it takes."""
-
-    def __init__(self, root: Path, latents: Path, out: Path, *flags: str):
-        self.root, self.out = root, out
-        settings = ["--backbone.base=tiny", "--backbone.resolution=64", "--lora.rank=8", "--optimizer.lr=3e-3"]
-        pace = [f"--max_steps={STEPS}", "--checkpoint_every=3", "--log_every=1", "--batch_size=4", "--workers=2"]
-        where = [f"--latents={latents}", f"--out={out}", f"--tracking.uri=sqlite:///{out}.db"]
-        self.line = [sys.executable, "-m", "jobs.train", *settings, *pace, *where, *flags]
-
-    def start(self) -> subprocess.Popen[str]:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(self.line, cwd=self.root, text=True, start_new_session=True, **pipes)
-
-    def finish(self, driver: subprocess.Popen[str] | None = None) -> None:
-        driver = driver or self.start()
-        _, errors = driver.communicate()
-        assert driver.returncode == 0, errors[-3000:]
-
-    def wait_for(self, step: int, driver: subprocess.Popen[str]) -> None:
-        """Until the curve shows that step; not a guess at how long that takes."""
-        while self.step() < step:
-            assert driver.poll() is None, driver.communicate()[1][-3000:]
-            time.sleep(0.02)
-
-    def step(self) -> int:
-        curve = read_curve(self.out)
-        return int(curve[-1]["step"]) if curve else 0
-
-    def adapter(self) -> bytes:
-        return (self.out / "adapter" / "adapter_model.safetensors").read_bytes()
-
-    def checkpoints(self) -> list[Path]:
-        """Newest first."""
-        return sorted(self.out.glob("checkpoints/*/step-*"), reverse=True)
-
-    def whole(self) -> list[Path]:
-        """The checkpoints whose seals hold."""
-        return [c for c in self.checkpoints() if damage(c) is None]
-
-    def last_weights(self) -> bytes:
-        """Of the newest checkpoint."""
-        return (self.checkpoints()[0] / "adapter_model.safetensors").read_bytes()
-
-    def check_like(self, undisturbed: Training) -> None:
-        """Bit-equal in weights and losses, finished, and every step logged once."""
-        assert self.adapter() == undisturbed.adapter()
-        assert [r["loss"] for r in read_curve(self.out)] == [r["loss"] for r in read_curve(undisturbed.out)]
-        steps, _, status = self.logged()
-        assert (steps, status) == (list(range(1, STEPS + 1)), "FINISHED")
-
-    def logged(self) -> tuple[list[int], dict[str, str], str]:
-        """Steps of the loss in MLflow, tags and status of the only run."""
-        note = json.loads((self.out / "mlflow.json").read_text())
-        client = MlflowClient(note["uri"])
-        runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
-        assert [r.info.run_id for r in runs] == [note["run_id"]]
-        history = client.get_metric_history(note["run_id"], "train/loss")
-        return [m.step for m in history], runs[0].data.tags, runs[0].info.status
 
 
 def workers(driver: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -115,32 +49,6 @@ def kill_driver(driver: subprocess.Popen[str]) -> None:
     driver.communicate()
     _, alive = psutil.wait_procs(orphans, timeout=120)
     assert not alive
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    drawn = [f"--out={folder / 'samples'}", "--shapes.count=26", "--images_per_shard=13"]
-    subprocess.run([sys.executable, "-m", "jobs.prepare", *drawn], cwd=root, check=True)
-    base = ["--backbone.base=tiny", "--backbone.resolution=64"]
-    encoded = [f"--samples={folder / 'samples'}", f"--out={folder / 'latents'}"]
-    subprocess.run([sys.executable, "-m", "jobs.encode", *base, *encoded], cwd=root, check=True)
-    return folder / "latents"
-
-
-@pytest.fixture(scope="module")
-def undisturbed(latents: Path, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Training:
-    training = Training(root, latents, tmp_path_factory.mktemp("undisturbed") / "train")
-    training.finish()
-    assert training.logged()[0] == list(range(1, STEPS + 1))
-    return training
-
-
-@pytest.fixture
-def clock(request: pytest.FixtureRequest) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    print(f"\n| {request.node.name} | bit-equal | {time.monotonic() - start:.0f} s |")
 
 
 @pytest.mark.usefixtures("clock")
@@ -342,96 +250,3 @@ def test_checkpoints_in_a_bucket(
     assert int(training.logged()[1]["rlfseg.started_at_step"]) >= 3
     assert training.adapter() == undisturbed.adapter()
     assert training.checkpoints() == []
-
-
-@pytest.mark.usefixtures("clock")
-def test_fewer_workers_than_asked_for_do_the_same_steps(
-    undisturbed: Training, latents: Path, root: Path, tmp_path: Path
-) -> None:
-    """Of 8 logical CPUs two workers of 5 have no room: one does the work of both. Equal but for rounding."""
-    training = Training(root, latents, tmp_path / "train", "--min_workers=1", "--cpus=5")
-    training.finish()
-    assert {row["workers"] for row in read_curve(training.out)} == {1}
-    check_same_steps(training.out, undisturbed.out)
-
-
-def check_same_steps(out: Path, undisturbed: Path) -> None:
-    """Equal but for the order of sums, which grows from step to step."""
-    for one, two in zip(read_curve(out), read_curve(undisturbed), strict=True):
-        assert one["step"] == two["step"]
-        for figure in ("loss", "lr", "grad_norm"):
-            assert one[figure] == pytest.approx(two[figure], rel=2e-2), f"{figure} of step {one['step']}"
-
-
-# The command, but that Ray looks for room every second, each process writes down what it learns, and two processes wait
-# at step 5 until a node is lost, one process at step 9 until another has come: so much for a test that needs no luck
-WATCHED = """
-import json, os, sys, time
-from functools import partial
-from rlfseg import cli
-from rlfseg.pipeline import train
-
-def work(loop_config):
-    import ray
-    from rlfseg.pipeline import loop
-    from rlfseg.training import TrainState
-    out, step = loop_config["job"].out, TrainState.step
-    world = ray.train.get_context().get_world_size()
-
-    def watched(state, *batches, weight):
-        while state.step_number == (9 if world == 1 else 5 if not (out / "lost").exists() else -1):
-            time.sleep(0.05)
-        figures = step(state, *batches, weight=weight)
-        row = {"step": state.step_number, "epoch": state.epoch, "ids": [i for b in batches for i in b.ids]}
-        with (out / f"seen-{os.getpid()}.jsonl").open("a") as lines:
-            lines.write(json.dumps(row) + chr(10))
-        return figures
-
-    TrainState.step = watched
-    return loop.work(loop_config)
-
-train.work, train.ScalingConfig = work, partial(train.ScalingConfig, elastic_resize_monitor_interval_s=1.0)
-sys.exit(cli.main("train", sys.argv[1:]))
-"""
-
-
-@pytest.mark.usefixtures("clock")
-def test_a_node_is_lost_and_another_comes_and_each_step_is_the_same(
-    undisturbed: Training, latents: Path, root: Path, tmp_path: Path
-) -> None:
-    """Two workers, then one, then two: a step's phrases are those of a run of two, and each is seen once an epoch."""
-    training = Training(root, latents, tmp_path / "train", "--min_workers=1", "--cpus=5")
-    line = [sys.executable, "-c", WATCHED, *training.line[3:]]
-    with started(tmp_path, root, nodes=2) as cluster, (tmp_path / "errors").open("w") as errors:
-        with subprocess.Popen(line, env=cluster.env, cwd=tmp_path, stdout=errors, stderr=errors) as driver:
-
-            def wait_for(step: int, workers: int) -> None:
-                while not any((r["step"], r["workers"]) == (step, workers) for r in read_curve(training.out)):
-                    assert driver.poll() is None, (tmp_path / "errors").read_text()[-3000:]
-                    time.sleep(0.05)
-
-            wait_for(5, 2)
-            cluster.lose()
-            (training.out / "lost").touch()
-            wait_for(9, 1)
-            cluster.add()
-        assert driver.returncode == 0, (tmp_path / "errors").read_text()[-3000:]
-    worlds = [int(row["workers"]) for row in read_curve(training.out)]
-    assert worlds[:3] == [2, 2, 2]  # before the checkpoint that one worker went on from
-    assert 1 in worlds
-    assert worlds[9:] == [2] * (STEPS - 9)
-    check_same_steps(training.out, undisturbed.out)
-
-    seen = dict[tuple[int, int], set[str]]()
-    for part in training.out.glob("seen-*.jsonl"):
-        for row in map(json.loads, part.read_text().splitlines()):
-            seen.setdefault((row["epoch"], row["step"]), set()).update(row["ids"])
-    assert sorted(step for _, step in seen) == list(range(1, STEPS + 1))
-    assert {len(ids) for ids in seen.values()} == {8}  # also where a step was taken twice: the same phrases
-    for epoch in {epoch for epoch, _ in seen}:
-        steps = [ids for (e, _), ids in seen.items() if e == epoch]
-        assert len(set.union(*steps)) == 8 * len(steps)
-    first = load_file(training.out / "adapter" / "adapter_model.safetensors")
-    second = load_file(undisturbed.out / "adapter" / "adapter_model.safetensors")
-    far = sum(float(((first[k] - second[k]) ** 2).sum()) for k in second)
-    assert far < 1e-3 * sum(float((w**2).sum()) for w in second.values())

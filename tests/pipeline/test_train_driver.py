@@ -46,7 +46,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Ready(job, store)
 
     monkeypatch.setattr(train, "connect", lambda: None)
-    monkeypatch.setattr(train, "check_budget", lambda *_: None)
+    monkeypatch.setattr(train, "check_budget", lambda *_, **__: None)
     monkeypatch.setattr(train.ray, "nodes", list)
     monkeypatch.setattr(train, "_fit", ready)
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
