@@ -20,7 +20,7 @@ import numpy as np
 import pycocotools.mask as coco
 from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rlfseg.errors import BadSample, DataError
 
@@ -43,7 +43,6 @@ DAMAGED = (*WRONG, MemoryError, AssertionError, struct.error, zlib.error)
 # Numbers of a file's own errors: none where Pillow raises it, EINVAL where damaged bytes make it seek to nowhere.
 OF_THE_FILE = (None, ENOENT, EACCES, EISDIR, ENOTDIR, ENAMETOOLONG, ELOOP, EINVAL)
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-SIDEWAYS = (5, 6, 7, 8)  # the EXIF orientations that swap height and width
 
 
 def load_image(
@@ -133,30 +132,6 @@ def opened(
             yield image
     except (*DAMAGED, *BOMB) as error:
         raise _unusable(error, name, sample) from error
-
-
-def image_size(source: Source, *, name: str, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Height and width of a picture as people see it, from its header; the pixels may still be damaged.
-
-    Args:
-        source: A path, bytes or a file.
-        name: For messages.
-        max_pixels: Most pixels accepted.
-
-    Returns:
-        (H, W), after EXIF rotation.
-
-    Raises:
-        BadSample: Not a picture, or more than `max_pixels` pixels.
-    """
-    try:
-        with _open(source, max_pixels) as image:
-            width, height = image.size
-            # Pillow gives a TIFF's size already turned.
-            turned = image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in SIDEWAYS
-            return (width, height) if turned else (height, width)
-    except (*DAMAGED, *BOMB) as error:
-        raise _unusable(error, name) from error
 
 
 def to_binary(array: NDArray[Any], *, file: str, sample: str | None = None) -> NDArray[np.uint8]:

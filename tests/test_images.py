@@ -81,7 +81,7 @@ def test_exif_orientation_is_applied(form: str, orientation: int) -> None:
         8: at[:, ::-1].transpose(1, 0, 2),
     }[orientation]
     seen = loaded(data)
-    assert seen.shape == turned.shape == (*images.image_size(data, name="x"), 3)
+    assert seen.shape == turned.shape
     centres = seen[seen.shape[0] // 4 :: seen.shape[0] // 2, seen.shape[1] // 4 :: seen.shape[1] // 2].astype(int)
     truth = turned[turned.shape[0] // 4 :: turned.shape[0] // 2, turned.shape[1] // 4 :: turned.shape[1] // 2]
     assert abs(centres - truth).max() < 30
@@ -146,12 +146,11 @@ def test_a_bomb_is_named_and_costs_no_memory(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
         before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         for path in images.list_images(sys.argv[1]):
-            for load in images.load_image, images.image_size:
-                try:
-                    load(path, name=path.name)
-                    print("good", path.name)
-                except BadSample as error:
-                    print(error)
+            try:
+                images.load_image(path, name=path.name)
+                print("good", path.name)
+            except BadSample as error:
+                print(error)
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         assert grown < 100 << 10, grown
         assert time.process_time() - start < 1  # of this process alone: a busy machine makes no difference
@@ -160,8 +159,8 @@ def test_a_bomb_is_named_and_costs_no_memory(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     said = [line.split(" pixels")[0] for line in done.stdout.splitlines()]
-    assert [line.split()[0] for line in said] == ["a.png:", "a.png:", "b.png:", "b.png:", "good", "good"]
-    assert all("too many" in line for line in said[:4])
+    assert [line.split()[0] for line in said] == ["a.png:", "b.png:", "good"]
+    assert all("too many" in line for line in said[:2])
 
 
 @pytest.mark.fault("image-09")
@@ -171,7 +170,7 @@ def test_contents_decide_not_names(tmp_path: Path) -> None:
     (tmp_path / "c.png").touch()
     assert (images.load_image(tmp_path / "a.jpg", name="a") == np.asarray(quadrants())).all()
     for name in ("b.jpg", "c.png"):
-        for load in (images.load_image, images.load_mask, images.image_size):
+        for load in (images.load_image, images.load_mask):
             with pytest.raises(BadSample, match=f"^{name}: not a picture"):
                 load(tmp_path / name, name=name)
     with pytest.raises(BadSample, match=r"^gone.png: no such file"):

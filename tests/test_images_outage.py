@@ -48,7 +48,7 @@ def test_too_many_open_files_are_no_fault_of_the_picture(tmp_path: Path, monkeyp
         raise OSError(errno.EMFILE, "Too many open files", "a.png")
 
     monkeypatch.setattr("builtins.open", full)
-    for load in (images.load_image, images.load_mask, images.load_labels, images.image_size):
+    for load in (images.load_image, images.load_mask, images.load_labels):
         with pytest.raises(DataError, match=r"^a\.png can't be read: Too many open files; start again") as caught:
             load(tmp_path / "a.png", name="a.png")
         assert not isinstance(caught.value, BadSample)

@@ -34,7 +34,7 @@ def pictures(form: str, variants: dict[str, bytes]) -> World:
     """Files of one format, read as picture, mask, label map and size."""
 
     def read(folder: Path) -> None:
-        for load in (images.load_mask, images.load_labels, images.image_size):
+        for load in (images.load_mask, images.load_labels):
             with contextlib.suppress(DataError):
                 load(folder / "input", name="input", max_pixels=1_000_000)  # type: ignore[operator]
         images.load_image(folder / "input", name="input", max_pixels=1_000_000)
