@@ -83,6 +83,7 @@ def test_a_training_step_is_that_of_the_cpu_but_for_rounding(dtype: str, roundin
     assert torch.cosine_similarity(gradients(here), gradients(there).cpu(), dim=0) > 1 - rounding
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.-wrapped:UserWarning")  # diffusers
 def test_a_compiled_step_with_all_settings_of_speed_is_that_of_the_cpu_but_for_rounding() -> None:
     speed = SpeedConfig(compile=True, gradient_checkpointing=True, channels_last=True, tf32=False)
     here, there = make(), make(backbone=replace(TINY, device="cuda", dtype="fp32"), speed=speed)

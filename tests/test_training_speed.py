@@ -93,6 +93,7 @@ def compiled(root: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # four compilations
 @pytest.mark.fault("lora-05")
 @pytest.mark.fault("numeric-03")
 def test_a_compiled_training_under_ddp_equals_an_eager_one_and_saves_the_same_names(compiled: dict[str, Any]) -> None:
