@@ -22,7 +22,7 @@ from rlfseg.datasets.coco import id_in_name
 from rlfseg.datasets.lists import storable
 from rlfseg.errors import ConfigError, DataError
 from rlfseg.hdf5 import Reader
-from rlfseg.pipeline.folders import read_table, stamp, write_json
+from rlfseg.pipeline.folders import STARTED, read_table, stamp, write_json
 from rlfseg.pipeline.rows import OK, Row, Rows
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
@@ -80,7 +80,7 @@ def run(config: AuditConfig) -> Summary:
 
 def _pictures(name: str, folder: Path) -> tuple[pa.Table, Row]:
     """Index rows of one set, and what identifies it."""
-    if (folder / "_STARTED.json").is_file():
+    if (folder / STARTED).is_file():
         samples = open_samples(folder)
         index = samples.rows.select([c for c in ("id", "shard", "coco_id") if c in samples.rows.column_names])
         rows = [{**row, "folder": str(samples.folder)} for row in index.to_pylist()]

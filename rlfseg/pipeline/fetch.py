@@ -99,6 +99,7 @@ class _Group:
         self.batches, self.values = _read(self.file, self.group), pa.array([], pa.binary())
 
     def value(self, row: int) -> Any:
+        """Of the row with this number, as Python has it; ArrowInvalid where the group ends or is damaged before it."""
         if row < self.first:
             self.first, self.batches, self.values = 0, _read(self.file, self.group), self.values[:0]
         while row >= self.first + len(self.values):

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rlfseg import hdf5, images
 from rlfseg.errors import BadSample, ConfigError, DataError
 from rlfseg.pipeline import fetch
-from rlfseg.pipeline.folders import stamp
+from rlfseg.pipeline.folders import STARTED, stamp
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.results import checked_phrase
@@ -75,7 +75,7 @@ def find(source: str, phrases: list[str], column: str, *, pixels: int = images.M
         ConfigError: There is no picture, several kinds of files, or no phrase for any picture.
         DataError: A Parquet file or a URL can't be read, or no row of it can be used.
     """
-    if (Path(source) / "_STARTED.json").is_file():
+    if (Path(source) / STARTED).is_file():
         samples = open_samples(source)
         rows = samples.rows.select(["id", "shard"])
         return Pictures(rows=rows, read=OfShards(samples.folder, phrases), fingerprint=samples.fingerprint)

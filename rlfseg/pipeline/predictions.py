@@ -32,7 +32,15 @@ from numpy.typing import NDArray
 from rlfseg import hdf5, images
 from rlfseg.datasets.lists import brief, read_text
 from rlfseg.errors import BadSample, DataError
-from rlfseg.pipeline.folders import file_name, fingerprint, read_rows, read_table, require_finished, stamp
+from rlfseg.pipeline.folders import (
+    STARTED,
+    file_name,
+    fingerprint,
+    read_rows,
+    read_table,
+    require_finished,
+    stamp,
+)
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import LoadSample
 
@@ -97,7 +105,7 @@ def find(index: pa.Table, source: Path, classes: tuple[str, ...] = ()) -> Predic
         have, other = set(index["id"].to_pylist()), hdf5.read_index(source).select(["id", "n_phrases"]).to_pylist()
         unused = sum(row["n_phrases"] for row in other if row["id"] not in have)
         return Predictions(rows=index, fingerprint=fingerprint(source), unused=unused)
-    if (source / "_STARTED.json").is_file():
+    if (source / STARTED).is_file():
         rows = ((f"{source} [{row['id']}]", row) for row in read_rows(source, ["id", "captions", "masks"]))
         return _beside(index, _masks_of(rows), "predicted_masks", fingerprint(source))
     for path in (source, *(source / name for name in LISTS)):

@@ -117,17 +117,17 @@ def run_stage(stage: Stage) -> Summary:
     cpus, gpus = cpus_needed(stage.run, bool(stage.finish)), stage.run.workers * stage.gpus
     check_budget(stage.name, cpus, gpus, lower="its workers, loaders, cpus or gpus")
     with alone(stage.out):
-        before = Committed(stage.out)()
-        _work_off(stage)
+        count = Committed(stage.out)
+        before = count()
+        _work_off(stage, count)
         counts = stage.finalize(_account(stage))
         shutil.rmtree(stage.out / "_attempts", ignore_errors=True)
         finish(stage.out, stage.identity, counts)
     return _summary(stage, counts, time.monotonic() - start, resumed=before)
 
 
-def _work_off(stage: Stage) -> None:
+def _work_off(stage: Stage, count: Committed) -> None:
     """Writes every row that isn't on disk yet."""
-    count = Committed(stage.out)
     for notes in (stage.out / "_attempts").glob("*"):
         Attempts(notes).forgive()
     with Progress(stage.name, total=stage.rows.num_rows, count=count, unit=stage.unit):

@@ -22,7 +22,7 @@ from rlfseg.config import VerifyConfig
 from rlfseg.datasets import coco, folder, lists, records, refer
 from rlfseg.errors import BadSample, ConfigError, DataError, ModelError
 from rlfseg.hdf5 import Seen
-from rlfseg.pipeline.folders import require_finished
+from rlfseg.pipeline.folders import STARTED, require_finished
 from rlfseg.pipeline.prepare import PHRASES
 from rlfseg.pipeline.rows import OK, Row
 from rlfseg.pipeline.stages import Summary
@@ -106,7 +106,7 @@ def verified(path: Path) -> int:
 
 
 def _folder(path: Path) -> int:
-    done = require_finished(path) if (path / "_STARTED.json").exists() else {}
+    done = require_finished(path) if (path / STARTED).exists() else {}
     parts = [_adapter(p) for p in (path, path / "adapter") if (p / adapter.CARD).is_file()]
     if (path / hdf5.INDEX).is_file():
         parts.append(_indexed(path, done))

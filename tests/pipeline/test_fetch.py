@@ -19,6 +19,7 @@ import pytest
 from rlfseg.errors import BadSample, DataError
 from rlfseg.pipeline import fetch
 from rlfseg.pipeline.pictures import find
+from tests.s3 import point_to
 
 # --- S3's own words --------------------------------------------------------------------------------------------------
 
@@ -50,12 +51,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, str], No
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
     Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    s3fs.S3FileSystem.clear_instance_cache()
+    point_to(f"127.0.0.1:{server.server_port}", monkeypatch)
 
     def say(status: int, code: str) -> None:
         monkeypatch.setattr(Refusing, "status", status)

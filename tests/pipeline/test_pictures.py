@@ -17,6 +17,7 @@ from PIL import Image
 
 from rlfseg.errors import BadSample, ConfigError, DataError
 from rlfseg.pipeline.pictures import OfFiles, Pictures, find
+from tests.s3 import point_to
 
 Array = np.ndarray[Any, Any]
 ASK = ["red ring"]
@@ -306,12 +307,7 @@ def bucket(s3_server: str) -> Iterator[Any]:
     import s3fs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", f"http://{s3_server}")
-        patch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        patch.setenv("AWS_MAX_ATTEMPTS", "1")
-        s3fs.S3FileSystem.clear_instance_cache()
+        point_to(s3_server, patch)
         fs = s3fs.S3FileSystem()
         fs.mkdir("pictures")
         yield fs
