@@ -7,7 +7,7 @@ masks uint8 {0, 1} [H, W] in the frame of their image.
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -82,17 +82,20 @@ def overlay(
     """
     factor = max(1, min(-(-MIN_SIDE // image.shape[1]), MAX_HEIGHT // image.shape[0]))
     canvas = _enlarge(image, factor)
-    inside = [np.kron(mask > 0, np.ones((factor, factor), dtype=bool)) for mask in masks]
+    inside = [(mask > 0).repeat(factor, axis=0).repeat(factor, axis=1) for mask in masks]
     for i, tint in enumerate(_share_out(inside, BAND)):
-        canvas[tint] = (1 - OPACITY) * canvas[tint] + OPACITY * np.array(colour(i))
+        canvas[tint] = ((1 - OPACITY) * canvas[tint] + OPACITY * np.array(colour(i))).round()
     for mask in inside:
         # A dark line around each object makes its outline stand out from any ground.
-        canvas[_grown(mask) & ~mask] *= 0.35
+        line = _grown(mask) & ~mask
+        canvas[line] = (0.35 * canvas[line]).round()
     for i, line in enumerate(_share_out([mask & ~_shrunk(mask) for mask in inside], BAND)):
         canvas[line] = colour(i)
-    margin = max(0, MIN_SIDE - canvas.shape[1])  # beside a picture that is tall and narrow
-    picture = np.pad(canvas.round().astype(np.uint8), ((0, 0), (0, margin), (0, 0)), constant_values=255)
-    return np.concatenate([picture, legend(captions, picture.shape[1], notes=notes)])
+    height, width = canvas.shape[:2]
+    strip = legend(captions, max(width, MIN_SIDE), notes=notes)
+    page = np.full((height + len(strip), strip.shape[1], 3), PAPER, dtype=np.uint8)  # free beside a narrow picture
+    page[:height, :width], page[height:] = canvas, strip
+    return page
 
 
 def legend(captions: Sequence[str], width: int, *, notes: Sequence[str] = ()) -> Picture:
@@ -238,21 +241,26 @@ def save(path: Path, picture: Picture) -> Path:
     return path
 
 
-def _enlarge(image: Picture, factor: int) -> NDArray[np.float64]:
+def _enlarge(image: Picture, factor: int) -> Picture:
     height, width = image.shape[:2]
     large = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.LANCZOS)
-    return np.asarray(large, dtype=np.float64).copy()
+    return np.array(large)
 
 
-def _share_out(masks: Sequence[NDArray[np.bool_]], band: int) -> list[NDArray[np.bool_]]:
+def _share_out(masks: Sequence[NDArray[np.bool_]], band: int) -> Iterator[NDArray[np.bool_]]:
     """Gives each pixel to one of the masks that cover it, in turns along the diagonals. bool [H, W] in and out."""
     if not masks:
-        return []
-    stack = np.stack(masks)
-    y, x = np.ogrid[: stack.shape[1], : stack.shape[2]]
-    turn = (x + y) // band % np.maximum(stack.sum(axis=0), 1)
-    rank = stack.cumsum(axis=0) - 1
-    return list(stack & (rank == turn))
+        return
+    # A mask after the other, in small numbers: a photograph's pixels are many
+    covering = np.zeros(masks[0].shape, dtype=np.uint16)
+    for mask in masks:
+        covering += mask
+    y, x = np.ogrid[: covering.shape[0], : covering.shape[1]]
+    turn = ((x + y).astype(np.int32) // band % np.maximum(covering, 1)).astype(np.uint16)
+    rank = np.zeros_like(covering)
+    for mask in masks:
+        yield mask & (rank == turn)
+        rank += mask
 
 
 def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -25,7 +25,7 @@ from ray.serve.exceptions import RayServeException
 
 from rlfseg.config import LOOPBACK, ServeConfig, WorkersConfig
 from rlfseg.errors import ConfigError, ServiceError
-from rlfseg.pipeline.cluster import check_budget, gpus_per_worker
+from rlfseg.pipeline.cluster import check_budget, gpus_per_worker, named_ray
 from serve.catalog import Catalog
 from serve.front import Front
 from serve.guard import Keys
@@ -164,7 +164,7 @@ def _join_ray(config: ServeConfig) -> bool:
     """Whether it is a Ray of our own."""
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few on a busy machine
     os.environ.setdefault(CALLBACK, "serve.proxy.middlewares")
-    if os.environ.get("RAY_ADDRESS"):
+    if named_ray():
         ray.init()
         return False
     room = 8 + (config.max_replicas or config.replicas) + config.fronts  # logical: a batch beside the service

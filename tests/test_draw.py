@@ -78,7 +78,7 @@ def test_equal_masks_share_their_pixels_fairly() -> None:
 
 @given(arrays(np.bool_, st.tuples(st.integers(1, 5), st.integers(1, 12), st.integers(1, 12))), st.integers(1, 4))
 def test_each_covered_pixel_goes_to_one_of_its_masks(masks: NDArray[np.bool_], band: int) -> None:
-    shares = np.stack(draw._share_out(list(masks), band))
+    shares = np.stack(list(draw._share_out(list(masks), band)))
     assert (shares.sum(axis=0) == masks.any(axis=0)).all()
     assert not (shares & ~masks).any()
 

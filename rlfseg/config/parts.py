@@ -81,7 +81,7 @@ class WorkersConfig:
     """Images a call."""
     memory_gb: Positive = 0.5
     """Memory that each loader reserves, in GiB. A picture of 20 megapixels takes 0.3, one of 64 takes 0.9; overlays of
-    20 megapixels take 1.1, and 0.4 more for each phrase beyond the first."""
+    20 megapixels take 0.5, and 0.06 more for each phrase beyond the first."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)

@@ -18,9 +18,7 @@ def connect() -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
-        remote = os.environ.get("RAY_ADDRESS", "")
-        if remote.startswith("http"):
-            raise ResourceError(f"RAY_ADDRESS: {remote} is a job server; use `rlfseg submit -- ...` or unset it")
+        remote = named_ray()
         if not remote:  # Ray guards what it starts here by a token; given one, it writes none into the user's home
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would tell how to undo that
@@ -30,6 +28,14 @@ def connect() -> None:
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else the cause arrives as a text only
     context.execution_options.verbose_progress = False
+
+
+def named_ray() -> str:
+    """The Ray that $RAY_ADDRESS names, "" where it names none; ResourceError where it names a job server."""
+    named = os.environ.get("RAY_ADDRESS", "")
+    if named.startswith("http"):
+        raise ResourceError(f"RAY_ADDRESS: {named} is a job server, for `rlfseg submit`; give HOST:6379 or unset it")
+    return named
 
 
 def gpus_per_worker(run: WorkersConfig, device: str) -> float:

@@ -35,6 +35,9 @@ from rlfseg.pipeline.folders import alone, begin, finish, read_table, require_fi
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, reason, unpack
 
+SHARES = 4  # a task is so large a part of a worker's share of the rows that are left
+LARGEST = 256  # rows of a task
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -141,8 +144,8 @@ def _work_off(stage: Stage, count: Committed) -> None:
 
 def _pipeline(stage: Stage) -> Dataset:
     run = stage.run
-    per_task = rows_per_task(stage.rows.num_rows, run)
-    ds = read_rows(stage.rows, per_task)
+    parts = split(stage.rows, run)
+    ds = read_rows(parts)
     ds.context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(stage.out / "_checkpoint"), delete_checkpoint_on_success=False
     )
@@ -153,7 +156,7 @@ def _pipeline(stage: Stage) -> Dataset:
 
     batches: Any = {"batch_size": run.batch_size, "batch_format": "pyarrow"}
     on_cpu = batches | {
-        "compute": TaskPoolStrategy(size=max(1, min(run.loaders, -(-stage.rows.num_rows // per_task)))),
+        "compute": TaskPoolStrategy(size=max(1, min(run.loaders, len(parts)))),
         "memory": run.memory_gb * 2**30,  # also keeps the step from being fused into the actors
     }
     ds = ds.map_batches(Step(RowByRow(stage.load), **step("load", last=False)), **on_cpu)
@@ -175,28 +178,39 @@ def _pipeline(stage: Stage) -> Dataset:
     return ds
 
 
-def rows_per_task(rows: int, run: WorkersConfig) -> int:
-    """Whole batches: who is in one with whom, and so a result's last bits, depend on no number of CPUs or nodes."""
-    # At the end workers wait for the last one's task: for a thirty-second of their work at most
-    share = min(256, rows // max(32 * run.workers, 8 * run.loaders))
-    return run.batch_size * max(1, round(share / run.batch_size))
-
-
-def read_rows(rows: pa.Table, per_task: int) -> Dataset:
-    """Index rows as a data set, so many a read task and block."""
-    source = IndexDatasource(rows, per_task)
+def read_rows(parts: list[pa.Table]) -> Dataset:
+    """Index rows as a data set, a read task and a block a table."""
     # Else Ray splits them again, by the number of CPUs, and batches are of whatever rows arrive together
-    ds: Dataset = ray.data.read_datasource(source, override_num_blocks=max(1, len(source.parts)))
+    ds: Dataset = ray.data.read_datasource(IndexDatasource(parts), override_num_blocks=max(1, len(parts)))
     return ds
+
+
+def split(rows: pa.Table, run: WorkersConfig) -> list[pa.Table]:
+    """Index rows, a table a task: large ones first, which cost least, small ones last, so that workers end together.
+
+    Whole batches: who is in one with whom, and so a result's last bits, depend on no number of CPUs or nodes.
+
+    Args:
+        rows: All of them.
+        run: Settings of the workers.
+
+    Returns:
+        All rows, in order.
+    """
+    parts, start = list[pa.Table](), 0
+    while start < rows.num_rows:
+        share = min(LARGEST, (rows.num_rows - start) // (SHARES * max(run.workers, run.loaders)))
+        parts.append(rows.slice(start, max(1, share // run.batch_size) * run.batch_size).combine_chunks())
+        start += parts[-1].num_rows
+    return parts
 
 
 class IndexDatasource(Datasource):
     """Index rows as a Ray Data source: ids only, so that finished ones are dropped before any pixel is read."""
 
-    def __init__(self, rows: pa.Table, per_task: int):
+    def __init__(self, parts: list[pa.Table]):
         super().__init__()  # type: ignore[no-untyped-call]
-        starts = range(0, rows.num_rows, per_task)
-        self.parts = [rows.slice(n, per_task).combine_chunks() for n in starts]
+        self.parts = parts
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Of the index rows, in bytes."""

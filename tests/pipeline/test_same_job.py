@@ -338,5 +338,5 @@ def test_a_ray_of_our_own_gets_a_token_of_its_own(remote: bool, monkeypatch: pyt
 def test_a_job_server_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
-    with pytest.raises(ResourceError, match=r"^RAY_ADDRESS: http://head:8265 is a job server; use `rlfseg submit"):
+    with pytest.raises(ResourceError, match=r"^RAY_ADDRESS: http://head:8265 is a job server, for `rlfseg submit`"):
         cluster.connect()

@@ -13,6 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from ray import cloudpickle
 
 from rlfseg.config import PredictConfig, RefineConfig, SamConfig, WorkersConfig
@@ -83,6 +85,19 @@ def test_who_is_in_a_batch_with_whom_depends_on_no_number_of_workers(tmp_path: P
     run = WorkersConfig(batch_size=3, workers=2, loaders=3)
     run_stage(stage(tmp_path / "out", 120, run=run, work=Together))
     assert values(tmp_path / "out") == {str(n): n - n % 3 for n in range(120)}
+
+
+@given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 20), st.integers(1, 20))
+def test_tasks_are_of_whole_batches_and_shrink_to_one(rows: int, batch_size: int, workers: int, loaders: int) -> None:
+    index = pa.table({"id": [str(n) for n in range(rows)]})
+    parts = stages.split(index, WorkersConfig(batch_size=batch_size, workers=workers, loaders=loaders))
+    assert [row["id"] for part in parts for row in part.to_pylist()] == index["id"].to_pylist()
+    sizes = [part.num_rows for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert all(size % batch_size == 0 for size in sizes[:-1])
+    assert all(size <= max(256, batch_size) for size in sizes)
+    # The last ones are done side by side: of these no worker waits for more than a batch of another
+    assert all(size <= batch_size for size in sizes[-max(workers, loaders) :])
 
 
 def test_fewer_batches_than_loaders_are_nothing_to_warn_of(tmp_path: Path) -> None:

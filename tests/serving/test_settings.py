@@ -14,7 +14,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from rlfseg import cli
 from rlfseg.config import ServeConfig
-from rlfseg.errors import ConfigError
+from rlfseg.errors import ConfigError, ResourceError
 from serve.app import resolved, run, settings
 
 
@@ -53,6 +53,12 @@ def test_typos_are_refused_by_field(args: dict[str, Any], message: str) -> None:
 def test_what_cannot_work_is_refused_before_anything_starts(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         resolved(ServeConfig(gpus=0, device="cpu", **config))
+
+
+def test_a_job_server_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
+    with pytest.raises(ResourceError, match=r"^RAY_ADDRESS: http://head:8265 is a job server"):
+        run(ServeConfig())
 
 
 def test_paths_hold_in_other_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
