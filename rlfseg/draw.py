@@ -252,10 +252,11 @@ def _share_out(masks: Sequence[NDArray[np.bool_]], band: int) -> Iterator[NDArra
     if not masks:
         return
     # A mask after the other, in small numbers: a photograph's pixels are many
-    covering = np.zeros(masks[0].shape, dtype=np.uint16)
+    height, width = masks[0].shape
+    covering = np.zeros((height, width), dtype=np.uint16)
     for mask in masks:
         covering += mask
-    y, x = np.ogrid[: covering.shape[0], : covering.shape[1]]
+    y, x = np.ogrid[:height, :width]
     turn = ((x + y).astype(np.int32) // band % np.maximum(covering, 1)).astype(np.uint16)
     rank = np.zeros_like(covering)
     for mask in masks:
