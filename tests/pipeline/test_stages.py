@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import platform
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -260,3 +263,27 @@ def test_an_error_in_the_making_of_the_work_is_one_of_ours_and_claims_no_folder(
         run_stage(stage(tmp_path / "out", 1, work=Unmade))
     corrected = stage(tmp_path / "out", 1, identity={"model": "another"})
     assert run_stage(corrected).rows_out == 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_freed_memory_is_kept_for_the_next_layer(root: Path) -> None:
+    script = """
+import resource
+import sys
+import torch
+from rlfseg.pipeline.stages import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def layers():
+    for n in range(20):
+        [torch.ones(2**20) for k in range(8)]  # of 4 MiB, a thousand pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+before = layers()
+print(layers() - before)
+"""
+    faults = {}
+    for how in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", script, how], cwd=root, capture_output=True, text=True, check=True)
+        faults[how] = int(done.stdout)
+    assert faults["keep"] < 100 < 10_000 < faults["leave"]
