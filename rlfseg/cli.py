@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from rlfseg import __version__, config
 from rlfseg.errors import ConfigError, JobError, RlfsegError
@@ -240,7 +240,8 @@ def parse(name: str, arguments: list[str]) -> Any:
     parsed = own.parse_args(arguments)
     parsed.pop("config", None)
     try:
-        return COMMANDS[name].settings(**own.instantiate(parsed).as_dict())
+        # Not by own.instantiate: it makes nested settings by themselves, and an error names only their own part
+        return TypeAdapter(COMMANDS[name].settings).validate_python(parsed.as_dict())
     except ValidationError as error:
         raise ConfigError("; ".join(_field_error(e) for e in error.errors())) from error
 
@@ -249,8 +250,10 @@ def parser(name: str) -> ArgumentParser:
     """The parser of one command."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     command = COMMANDS[name]
+    positional = "".join(f"{p} ... " if p in MANY else f"{p} " for p in command.positional)
     p = ArgumentParser(
         prog=f"rlfseg {name}",
+        usage=f"%(prog)s {positional}[--SETTING VALUE ...]",  # of 40 settings an error is hard to find below
         description=f"{command.what[0].upper()}{command.what[1:]}. In: {command.goes_in}. Out: {command.comes_out}. "
         f"Example: {command.example}",
     )

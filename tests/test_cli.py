@@ -70,6 +70,14 @@ def test_what_the_example_of_submit_submits_has_something_to_train_on() -> None:
     assert cli.parse(name, flags).latents
 
 
+def test_a_wrong_value_is_named_by_its_whole_setting(tmp_path: Path) -> None:
+    file = tmp_path / "train.yaml"
+    file.write_text("optimizer: {lr: -3}\n")
+    for wrong in (["--optimizer.lr=-3"], ["--optimizer={lr: -3}"], ["--config", str(file)]):
+        with pytest.raises(ConfigError, match=r"^optimizer\.lr: -3\.0: input should be greater than 0; seed: -1: input "):
+            cli.parse("train", ["--out=a", "--seed=-1", *wrong])
+
+
 def test_an_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main("train", ["--out", "a", "--no_such_setting", "1"])
