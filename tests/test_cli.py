@@ -74,7 +74,7 @@ def test_a_wrong_value_is_named_by_its_whole_setting(tmp_path: Path) -> None:
     file = tmp_path / "train.yaml"
     file.write_text("optimizer: {lr: -3}\n")
     for wrong in (["--optimizer.lr=-3"], ["--optimizer={lr: -3}"], ["--config", str(file)]):
-        with pytest.raises(ConfigError, match=r"^optimizer\.lr: -3\.0: input should be greater than 0; seed: -1: input "):
+        with pytest.raises(ConfigError, match=r"^optimizer\.lr: -3\.0: input should be .* 0; seed: -1: "):
             cli.parse("train", ["--out=a", "--seed=-1", *wrong])
 
 
