@@ -48,6 +48,7 @@ MIN_SIDE = 384  # pixels of the picture's width below which it is enlarged
 MAX_HEIGHT = 2048  # to which a picture is enlarged at most
 FONT_SIZE = 15
 GAP = 10
+LEVELS = np.tile(np.arange(256.0), (3, 1))  # of red, green and blue
 BAND = 9  # pixels, along x, of the bands in which overlapping masks alternate
 
 
@@ -84,11 +85,10 @@ def overlay(
     canvas = _enlarge(image, factor)
     inside = [(mask > 0).repeat(factor, axis=0).repeat(factor, axis=1) for mask in masks]
     for i, tint in enumerate(_share_out(inside, BAND)):
-        canvas[tint] = ((1 - OPACITY) * canvas[tint] + OPACITY * np.array(colour(i))).round()
+        _repaint(canvas, tint, (1 - OPACITY) * LEVELS + OPACITY * np.array(colour(i))[:, None])
     for mask in inside:
         # A dark line around each object makes its outline stand out from any ground.
-        line = _grown(mask) & ~mask
-        canvas[line] = (0.35 * canvas[line]).round()
+        _repaint(canvas, _grown(mask) & ~mask, 0.35 * LEVELS)
     for i, line in enumerate(_share_out([mask & ~_shrunk(mask) for mask in inside], BAND)):
         canvas[line] = colour(i)
     height, width = canvas.shape[:2]
@@ -245,6 +245,12 @@ def _enlarge(image: Picture, factor: int) -> Picture:
     height, width = image.shape[:2]
     large = Image.fromarray(image).resize((width * factor, height * factor), Image.Resampling.LANCZOS)
     return np.array(large)
+
+
+def _repaint(canvas: Picture, where: NDArray[np.bool_], levels: NDArray[np.float64]) -> None:
+    """Gives pixels the new level [3, 256] of what they were: as floats, those of a photograph would be a gigabyte."""
+    for channel, new in zip(np.moveaxis(canvas, -1, 0), levels.round().astype(np.uint8), strict=True):
+        channel[where] = new[channel[where]]
 
 
 def _share_out(masks: Sequence[NDArray[np.bool_]], band: int) -> Iterator[NDArray[np.bool_]]:

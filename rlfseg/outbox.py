@@ -12,10 +12,12 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 PAUSE = 30.0  # seconds between two tries while the other side is away
 NUMBERS_A_CALL = 1000
-LONGEST_NAME = 250  # what MLflow takes
+LONGEST_NAME, LONGEST_PARAM = 250, 1000  # what MLflow takes, and of its 6,000 what people read
+CUT = "cut here, whole in config.yaml]"
 MOST_KEPT = 200_000  # numbers in memory during an outage: some 60 MB
 
 logger = logging.getLogger(__name__)
@@ -51,6 +53,13 @@ def metric_name(name: str) -> str:
     if clean == plain and len(clean) <= LONGEST_NAME:
         return clean
     return f"{clean[: LONGEST_NAME - 7]}-{sha256(name.encode('utf-8', 'surrogatepass')).hexdigest()[:6]}"
+
+
+def parameter(value: Any) -> str:
+    """The text by which MLflow keeps a setting: what is longer than 1,000 characters ends in how long it was."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    tail = f" ... [{len(text)} characters, {CUT}"
+    return text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - len(tail)] + tail
 
 
 class Outbox:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import math
 import os
@@ -29,17 +28,15 @@ from mlflow.models import Model
 from mlflow.store.artifact.utils.models import get_model_name_and_version
 from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 from mlflow.tracking.context import registry as context
-from sqlalchemy.exc import SQLAlchemyError
 
 from rlfseg.config import TrackingConfig, flatten, without_passwords
-from rlfseg.errors import ConfigError, ModelError
-from rlfseg.outbox import Away, Number, Outbox, Refused, metric_name
+from rlfseg.errors import ConfigError, ModelError, RlfsegError
+from rlfseg.outbox import CUT, Away, Number, Outbox, Refused, metric_name, parameter
 
 PARENT = "mlflow.parentRunId"  # MLflow's own: nests the run in its pages
 TRAINING_RUN = "rlfseg.training_run"  # the same id under a name that people can search for
 NONFINITE, TRUNCATED = "rlfseg.nonfinite.", "rlfseg.truncated_params"
-LONGEST_TAG, LONGEST_PARAM, PARAMS_A_CALL = 5000, 1000, 100  # MLflow takes 8,000, 6,000, and 1 MB a request
-CUT = "cut here, whole in config.yaml]"
+LONGEST_TAG, PARAMS_A_CALL = 5000, 100  # MLflow takes 8,000, and 1 MB a request
 PYFUNC = Path(__file__).with_name("pyfunc_model.py")
 RUNS = Path("runs")  # in the working directory of the moment
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
@@ -100,8 +97,6 @@ class Run:
         self._nonfinite: dict[str, tuple[int, str]] = {}
         self._last: dict[str, int] = {}
         if run_id is not None:
-            with _answers():
-                self._client = MlflowClient(uri, uri)
             self._outbox = Outbox(self._deliver, unsent=unsent or RUNS / f"unsent-{run_id}.jsonl")
 
     @classmethod
@@ -243,11 +238,16 @@ class Run:
             self._outbox.call(what, self._answering(call))
 
     def _answering(self, call: Callable[[MlflowClient, str], object]) -> Callable[[], object]:
-        return _answers()(functools.partial(call, self._client, self._id))
+        return _answers()(lambda: call(self._client, self._id))
+
+    @functools.cached_property
+    def _client(self) -> MlflowClient:
+        """Made by whoever sends first: of a database, that opens it."""
+        return MlflowClient(self.uri, self.uri)
 
     def _log_params(self, params: Mapping[str, Any]) -> None:
         self.log_dict(params, "config.yaml")
-        texts = {metric_name(key): _param(value) for key, value in flatten(dict(params)).items()}
+        texts = {metric_name(key): parameter(value) for key, value in flatten(dict(params)).items()}
         entries = [Param(key, text) for key, text in texts.items()]
 
         def send(client: MlflowClient, run: str) -> None:
@@ -268,8 +268,9 @@ class Run:
     def _watch(self, node: str | None = None) -> None:
         if self.id is not None:
             at = {"node_id": node, "tracking_uri": self.uri}
-            self._monitor = SystemMetricsMonitor(self.id, resume_logging=self._resumed, **at)
-            self._monitor.start()
+            with contextlib.suppress(Away, Refused), _answers():  # it asks for what was logged before
+                self._monitor = SystemMetricsMonitor(self.id, resume_logging=self._resumed, **at)
+                self._monitor.start()
 
 
 @contextlib.contextmanager
@@ -286,8 +287,11 @@ def _answers(final: Sequence[int] = (400,)) -> Iterator[None]:
         yield
     except MlflowException as error:
         raise (Refused if error.get_http_status_code() in final else Away)(_line(error)) from error
-    except (SQLAlchemyError, OSError) as error:  # requests' errors are OSErrors; a file to upload may be gone
-        raise (Refused if isinstance(error, FileNotFoundError) else Away)(_line(error)) from error
+    except RlfsegError:
+        raise
+    except Exception as error:  # of requests, SQLAlchemy, boto3: MLflow hands on what its stores raise
+        # The file to upload, the store's library
+        raise (Refused if isinstance(error, FileNotFoundError | ImportError) else Away)(_line(error)) from error
 
 
 def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
@@ -304,12 +308,6 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
     if found.lifecycle_stage == "deleted":
         raise ConfigError(f"tracking.experiment: {name!r} was deleted in MLflow; restore it there or give another name")
     return str(found.experiment_id)
-
-
-def _param(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-    tail = f" ... [{len(text)} characters, {CUT}"
-    return text if len(text) <= LONGEST_PARAM else text[: LONGEST_PARAM - len(tail)] + tail
 
 
 def _line(error: BaseException) -> str:

@@ -132,6 +132,22 @@ class TrainState:
             "skipped": float(self.bad_steps > 0),
         }
 
+    def settle(self, size: int) -> None:
+        """Computes a gradient that is thrown away, for the processes of a DistributedDataParallel.
+
+        After the first one it lays out its buckets anew, and three or more processes sum a number in another order at
+        another place: the first step after a restart would differ in last bits from what it was.
+
+        Args:
+            size: Latents a batch, as in all steps: `speed.compile` compiles for this one.
+        """
+        side = self.config.backbone.resolution // self.backbone.factor
+        z = torch.zeros(size, self.backbone.vae.config.latent_channels, side, side, device=self.backbone.device)
+        with self.backbone.autocast():
+            text = self.backbone.text([""] * size)
+            self.model(z, z.new_ones(size), text).mean().backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
     def _synced(self, last: bool) -> AbstractContextManager[object]:
         """Gradients travel between processes once a step, with its last batch."""
         if last or not isinstance(self.model, DistributedDataParallel):
@@ -149,7 +165,7 @@ class TrainState:
         t = flow.sample_time(config.t_sampling, config.seed, self.epoch, batch.ids).to(device)
         with self.backbone.autocast():
             text = self.backbone.text(batch.phrases)
-            return flow.selection_loss(
+            losses, chose_refined = flow.selection_loss(
                 self.model,
                 z1,
                 z0,
@@ -160,15 +176,25 @@ class TrainState:
                 v_frozen=self.backbone.velocity,
                 few_calls=device != "cpu",
             )
+        return losses, batch.has_refined if config.selection == "refined" else chose_refined
 
-    def validate(self, samples: Iterable[Labelled], card: Card) -> Sums:
-        """Sums of all measures of one-step masks at original size, threshold as in the card."""
-        sums, segmenter = Sums(), Segmenter(self.backbone, card)
+    def validate(self, samples: Iterable[Labelled], card: Card) -> tuple[Sums, int]:
+        """Sums of all measures of one-step masks at original size, threshold as in the card.
+
+        Args:
+            samples: Pictures and their true masks.
+            card: Of the adapter.
+
+        Returns:
+            The sums, and for how many phrases the network gave NaN, which count as an empty mask.
+        """
+        sums, failed, segmenter = Sums(), 0, Segmenter(self.backbone, card)
         for sample in samples:
             results = segmenter.segment([sample.image], [sample.phrases], sampling=SamplingConfig())[0]
             for result, mask in zip(results, sample.masks, strict=True):
-                sums.add(result.score, mask, result.threshold)
-        return sums
+                failed += bool(result.failed)
+                sums.add(np.zeros(mask.shape, np.float32) if result.failed else result.score, mask, result.threshold)
+        return sums, failed
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

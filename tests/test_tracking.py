@@ -14,9 +14,10 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from mlflow import MlflowClient
 from mlflow.utils.validation import path_not_unique, validate_param_and_metric_name
 
-from rlfseg import tracking
+from rlfseg import outbox, tracking
 from rlfseg.config import TrackingConfig
 from rlfseg.errors import ConfigError, ModelError
 from rlfseg.outbox import metric_name
@@ -190,6 +191,30 @@ def test_a_restarted_driver_reopens_its_run_and_ends_it(home: Path, monkeypatch:
         again.log_metrics({"loss": 0.5}, 2)
     assert recorded(run).info.status == "FINISHED"
     assert steps(run, "loss") == [1, 2]
+
+
+def test_a_database_that_a_worker_cannot_open_costs_no_step(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the driver's lies on another node, or is away just then."""
+    monkeypatch.setattr(outbox, "PAUSE", 0.0)
+    run = Run.attach("sqlite:////proc/nowhere/mlflow.db", "0" * 32, node="other", default_dir=tmp_path)
+    run.log_metrics({"loss": 0.5}, 1)
+    run.end()
+    assert [r.getMessage() for r in caplog.records if "1 numbers were not recorded" in r.getMessage()]
+
+
+@pytest.mark.parametrize("error", [ImportError("no boto3"), type("ClientError", (Exception,), {})("expired")])
+def test_what_a_store_of_artifacts_raises_ends_no_job(
+    home: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", broken)
+    with start(home) as run:
+        run.log_artifact(home / "mlflow.db", "curves")
+    assert any(str(error) in r.getMessage() for r in caplog.records)
 
 
 # --- known faults

@@ -30,7 +30,7 @@ from rlfseg.pipeline.cluster import connect
 from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.rows import RowByRow
 from rlfseg.pipeline.samples import LoadSample
-from rlfseg.pipeline.stages import Step, read_rows, split
+from rlfseg.pipeline.stages import Stage, Step, read_rows, split
 from rlfseg.pipeline.timing import race
 
 SIDE = 512
@@ -257,7 +257,7 @@ def _by_ray(folder: Path, index: pa.Table) -> int:
     common: dict[str, Any] = {"stage": "bench", "out": folder / "all", "stop": True}
     load = Step(RowByRow(LoadSample(folder / "all")), name="load", schema=None, **common)
     arrive = Step(RowByRow(_arrived), name="arrive", schema=ARRIVED, **common)
-    dataset = read_rows(split(index, RUN)).map_batches(
+    dataset = read_rows(split(index, RUN, Stage.largest_task)).map_batches(
         load, batch_size=RUN.batch_size, batch_format="pyarrow", compute=TaskPoolStrategy(size=LOADERS), memory=2**29
     )
     batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")

@@ -33,7 +33,16 @@ SIDE = 512
 PHRASES = ("red ring", "a blue star", "small cross", "the green circle on the left")
 GOAL_SECONDS = 0.10  # for an image with one phrase; the paper: 0.19 on an RTX 3090
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L40S": 362e12, "L4": 121e12, "3090": 71e12, "4090": 165e12}
+PEAKS = {
+    "A100": 312e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "3090": 71e12,
+    "4090": 165e12,
+}
 """Dense bf16 matrix products in FLOP a second by a part of the card's name, from its maker; SXM where kinds differ."""
 SHARES = {"A100": 0.30}  # of the peak, to reach; any other card
 OTHERS = 0.20

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from hashlib import file_digest
@@ -104,6 +105,14 @@ class Store:
             self._mend()
         except OSError as error:
             raise ConfigError(f"storage: {self.shown} can't be written to: {error}") from error
+
+    def unseen(self) -> ConfigError | None:
+        """The error of a node that doesn't see the folder that `ready` has made on another; None where it does."""
+        if not isinstance(self.filesystem, LocalFileSystem) or Path(self.folder).is_dir():
+            return None
+        return ConfigError(
+            f"storage: {self.shown} is not seen by {os.uname().nodename}; all nodes must share it, under the same path"
+        )
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """All that lie there, whole or not, the latest step first."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
 import ray
 
 from rlfseg.config import WorkersConfig
 from rlfseg.errors import ResourceError
+
+NODES_HAVE = {"cpus": ("CPU", 1), "gpus": ("GPU", 1), "memory_gb": ("memory", 2**30)}  # as Ray has it, and its unit
 
 
 def connect() -> None:
@@ -96,4 +99,28 @@ def check_budget(name: str, cpus: float, gpus: float, *, lower: str) -> None:
             raise ResourceError(
                 f"{name} needs {wanted:g} {kind}s and this Ray has {have.get(kind, 0):g}: lower {lower}, or start "
                 "Ray with more (`ray start --head --num-cpus N`; logical CPUs may exceed the cores)"
+            )
+
+
+def nodes() -> int:
+    """How many of them are there, at least the one that we are on."""
+    return max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
+
+
+def check_nodes(name: str, settings: Mapping[str, float]) -> None:
+    """Refuses a process that no node has the room for; it would wait for ever.
+
+    Args:
+        name: The stage, for the message.
+        settings: What one process takes: some of `cpus`, `gpus` and `memory_gb`.
+
+    Raises:
+        ResourceError: No node has as much; names the setting.
+    """
+    for setting, wanted in settings.items():
+        kind, unit = NODES_HAVE[setting]
+        most = max((node["Resources"].get(kind, 0) / unit for node in ray.nodes() if node["Alive"]), default=0)
+        if wanted > most:
+            raise ResourceError(
+                f"{name}: run.{setting}: {wanted:g} for each process, and no node has more than {most:.3g}"
             )

@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks nee
     from rlfseg.segmenter import Segmenter
 
 Score = NDArray[np.float32]
+Mask = NDArray[np.uint8]
 
 MAX_CLASSES = 2000  # of `semseg`: LVIS has 1,203
 IDENTITY = (
@@ -277,51 +278,51 @@ class Measure:
         Raises:
             BadSample: A score is NaN or outside [0, 1].
         """
-        squares = [s.at(row["size"], self.threshold) for s in row.get("squares", ())]
-        if any(s.failed for s in squares):
-            raise BadSample("the network gave NaN", file="evaluate", sample=row["id"])
-        scores = [s.score for s in squares] if "squares" in row else row["scores"]
         try:
-            done = self._measured(row, scores)
+            return self._measured(row)
         except DataError as error:
             raise BadSample(str(error), file="evaluate", sample=row["id"]) from error
-        return done | {
-            "gamma": [s.gamma for s in squares] if squares else [0.0] * len(scores),
-            "clipped": sum(s.clipped for s in squares),
-        }
 
-    def _measured(self, row: Row, scores: list[Score | None]) -> Row:
-        given = [np.zeros(row["size"], np.float32) if s is None else s for s in scores]
-        masks = [(score > self.threshold).astype(np.uint8) for score in given]
-        done: Row = {
-            "id": row["id"],
-            "status": OK,
-            "captions": row["captions"],
-            "masks": [images.rle_encode(mask) for mask in masks],
-            "iou": [metrics.iou(mask, truth) for mask, truth in zip(masks, row["labels"], strict=True)],
-            "missing": [s is None for s in scores],
-            "subsets": row["subsets"],
-            "empty": row["empty"],
-            "unused": row.get("unused", 0),
-        }
-        for protocol in self.config.protocols:
-            clipseg, refer = self.config.clipseg_side, self.config.refer_side
-            measure = partial(metrics.measure, protocol, clipseg_side=clipseg, refer_side=refer)
-            if protocol in PROTOCOLS:
-                done[protocol] = [
-                    measure(score, truth, self.threshold, missing=lost).vector()
-                    for score, truth, lost in zip(given, row["labels"], done["missing"], strict=True)
-                ]
-            else:
-                done |= self._semseg(row, given)
-        return done
+    def _measured(self, row: Row) -> Row:
+        best: Argmax = row.get("absent") or Argmax(row["size"])
+        phrases = list[Row]()
+        for n, (caption, truth) in enumerate(zip(row["captions"], row["labels"], strict=True)):
+            # One at a time: at the size of a photograph, the scores of all phrases are gigabytes
+            score, about = self._given(row, n)
+            phrases.append(about | self._compared(score, truth, missing=about["missing"]))
+            if "semseg" in self.config.protocols:
+                best.add(score, self.labels[caption])
+        lists = ("masks", "iou", "missing", "gamma", *(p for p in self.config.protocols if p in PROTOCOLS))
+        done: Row = {key: [phrase[key] for phrase in phrases] for key in lists}
+        done |= {key: row[key] for key in ("id", "captions", "subsets", "empty")}
+        done |= {"status": OK, "unused": row.get("unused", 0), "clipped": sum(p["clipped"] for p in phrases)}
+        return done | (self._semseg(row, best) if "semseg" in self.config.protocols else {})
 
-    def _semseg(self, row: Row, scores: list[Score]) -> Row:
+    def _given(self, row: Row, n: int) -> tuple[Score, Row]:
+        """The score of a phrase at the picture's size, 0 everywhere where none was predicted, and how it came about."""
+        if "squares" not in row:
+            score = row["scores"][n]
+            given = np.zeros(row["size"], np.float32) if score is None else score
+            return given, {"missing": score is None, "gamma": 0.0, "clipped": False}
+        result = row["squares"][n].at(row["size"], self.threshold)
+        if result.failed:
+            raise BadSample("the network gave NaN", file="evaluate", sample=row["id"])
+        return result.score, {"missing": False, "gamma": result.gamma, "clipped": result.clipped}
+
+    def _compared(self, score: Score, truth: Mask, *, missing: bool) -> Row:
+        """A phrase's part of each list of `schema`."""
+        mask = (score > self.threshold).astype(np.uint8)
+        sides = {"clipseg_side": self.config.clipseg_side, "refer_side": self.config.refer_side}
+        measured = {
+            protocol: metrics.measure(protocol, score, truth, self.threshold, missing=missing, **sides).vector()
+            for protocol in self.config.protocols
+            if protocol in PROTOCOLS
+        }
+        return {"masks": images.rle_encode(mask), "iou": metrics.iou(mask, truth)} | measured
+
+    def _semseg(self, row: Row, best: Argmax) -> Row:
         """The picture's own classes against each other and those that it doesn't show."""
         own = [self.labels[c] for c in row["captions"]]
-        best: Argmax = row.get("absent") or Argmax(row["size"])
-        for label, score in zip(own, scores, strict=True):
-            best.add(score, label)
         asked = len(self.labels) if "absent" in row else len(set(own))
         for caption, given in row.get("others", ()):
             best.add(given, self.labels[caption])

@@ -58,7 +58,8 @@ def begin(out: Path, identity: Row) -> str:
                 f"{out} was begun with other settings: {'; '.join(fields)}; give another `out` or delete it"
             )
         return "done" if (out / "_SUCCESS.json").exists() else "resume"
-    if out.exists() and any(out.iterdir()):
+    # A start that could not write it, or was killed at that, has written nothing else
+    if out.exists() and any(path.name != f".{STARTED}.tmp" for path in out.iterdir()):
         raise DataError(f"{out} is not empty and was not written by this command; give another `out`")
     out.mkdir(parents=True, exist_ok=True)
     write_json(started, {"schema": 1, "id": uuid4().hex[:12], "hash": digest(identity), "identity": identity})

@@ -102,8 +102,9 @@ def batches(
     context.execution_no_progress_timeout_s = -1  # a validation between two steps may take as long as it likes
     own_lanes = len(range(rank, lanes, world))
     # A task that reads whole files holds them while its phrases are used up, so there is one at a time; it reserves no
-    # CPU, for which the tasks of two ranks could wait for ever.
-    pace: Any = {"concurrency": 1, "num_cpus": 0} if source.by_file else {}
+    # CPU, for which the tasks of two ranks could wait for ever. So would any beside workers of whom Ray starts as many
+    # as it has CPUs for.
+    pace: Any = {"concurrency": 1, "num_cpus": 0} if source.by_file or config.min_workers else {}
     ds = ray.data.read_datasource(PhraseSource(source, order, own_lanes * WINDOW), **pace)
     tables = ds.iter_batches(batch_size=config.batch_size, batch_format="pyarrow", prefetch_batches=2)
     ready = (source.batch(table, backbone) for table in tables)

@@ -103,12 +103,13 @@ class Loop:
         config, context = job.config, ray.train.get_context()
         self.job, self.config = job, config
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.store = Store(job.storage, job.name)
+        self._require_folders()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
         self.source: Source = open_source(config)
         backbone = Backbone.load(config.backbone)
         backbone.add_lora(config.lora, seed=config.seed)
         self.state = TrainState(config, backbone, job.total_steps)
-        self.store = Store(job.storage, job.name)
         self.recorded = tracking.Run.attach(job.uri, job.run_id if self.rank == 0 else None, default_dir=job.out)
         self.load = _watched_machine(job) if context.get_local_rank() == 0 else tracking.Run("")
         self.held_out, self.left_out = _held_out(config, self.rank, self.world)
@@ -118,21 +119,23 @@ class Loop:
     def run(self) -> None:
         """Trains from the newest whole checkpoint to the last step."""
         try:
-            self._require_out()
             self._tell_left_out()
             self._resume()
             # A gradient's memory is the bucket's: one copy less. There are no buffers to send around
             settings = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
             self.state.model = prepare_model(self.state.backbone.velocity, parallel_strategy_kwargs=settings)
+            if self.world > 1:
+                self.state.settle(self.config.batch_size)
             while self.state.step_number < self.job.total_steps:
                 self._epoch()
         finally:
             self.load.end()
             self.recorded.end()
 
-    def _require_out(self) -> None:
-        """Stops where a node doesn't see the folder that curve, overlays and checkpoints go to."""
-        if blind := next(filter(None, self._from_all(unseen(self.job.out))), None):
+    def _require_folders(self) -> None:
+        """Stops where a node doesn't see the folders that curve, overlays and checkpoints go to."""
+        own = unseen(self.job.out) or self.store.unseen()
+        if blind := next(filter(None, self._from_all(own)), None):
             raise Stop(blind)
 
     def _tell_left_out(self) -> None:
@@ -190,22 +193,27 @@ class Loop:
                 error = full
         if error := self._from_rank_0(error):
             raise Stop(error)
+        if validate and self.rank == 0 and self.held_out:
+            self._draw(card)
         score = figures.get("miou", -1.0) if self.config.val_samples else float(step)
         metrics = {"step": step, SCORE: score} | {f"val_{k}": v for k, v in figures.items()}
         ray.train.report(metrics, checkpoint=checkpoint, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD)
 
     def _validate(self, card: Card) -> Figures:
-        sums = Sums()
-        for part in self._from_all(self.state.validate(self.held_out, card).to_dict()):
+        own, own_failed = self.state.validate(self.held_out, card)
+        sums, failed = Sums(), 0
+        for part, part_failed in self._from_all((own.to_dict(), own_failed)):
             sums.merge(Sums.from_dict(part))
-        figures = sums.results()
+            failed += part_failed
+        figures = sums.results() | ({"failed": float(failed)} if failed else {})
         self.recorded.log_metrics({f"val/{k}": v for k, v in figures.items()}, self.state.step_number)
-        if self.rank == 0 and self.held_out:
-            path = self.job.out / "overlays" / f"step-{self.state.step_number:07d}.png"
-            sheet = _sheet(self.state, card, self.held_out)
-            with spared(path):
-                self.recorded.log_artifact(draw.save(path, sheet), "overlays")
         return figures
+
+    def _draw(self, card: Card) -> None:
+        path = self.job.out / "overlays" / f"step-{self.state.step_number:07d}.png"
+        sheet = _sheet(self.state, card, self.held_out)
+        with spared(path):
+            self.recorded.log_artifact(draw.save(path, sheet), "overlays")
 
     # --- steps that were skipped -------------------------------------------------------------------------------
 
@@ -331,9 +339,10 @@ def _sheet(state: TrainState, card: Card, held_out: list[Labelled]) -> np.ndarra
     segmenter, cells = Segmenter(state.backbone, card), []
     for sample in held_out[:SHOWN]:
         results = segmenter.segment([sample.image], [sample.phrases])[0]
+        found = [np.zeros_like(true) if r.failed else r.mask for r, true in zip(results, sample.masks, strict=True)]
         cells.append([
             draw.overlay(sample.image, list(sample.masks), list(sample.phrases)),
-            draw.overlay(sample.image, [r.mask for r in results], list(sample.phrases)),
+            draw.overlay(sample.image, found, list(sample.phrases)),
         ])  # fmt: skip
     return draw.contact_sheet(cells, titles=["label", f"step {state.step_number}"])
 

@@ -58,7 +58,9 @@ class Pictures:
     fingerprint: str
 
 
-def find(source: str, phrases: list[str], column: str, *, pixels: int = images.MAX_PIXELS) -> Pictures:
+def find(
+    source: str, phrases: list[str], column: str, *, pixels: int = images.MAX_PIXELS, but: Path | None = None
+) -> Pictures:
     """Finds pictures without decoding any.
 
     Args:
@@ -66,6 +68,7 @@ def find(source: str, phrases: list[str], column: str, *, pixels: int = images.M
         phrases: To ask of every picture.
         column: Of Parquet files: text or lists of text, the phrases of each picture, asked before `phrases`.
         pixels: Largest height times width of a picture that is a file or bytes.
+        but: Folder whose files are left out, where masks are drawn to.
 
     Returns:
         The pictures; one that has no phrases, or bad ones, is refused when it is read.
@@ -79,7 +82,7 @@ def find(source: str, phrases: list[str], column: str, *, pixels: int = images.M
         samples = open_samples(source)
         rows = samples.rows.select(["id", "shard"])
         return Pictures(rows=rows, read=OfShards(samples.folder, phrases), fingerprint=samples.fingerprint)
-    files = _files(source)
+    files = {file: state for file, state in _files(source).items() if but is None or but not in Path(file).parents}
     kinds = {_kind(file) for file in files}
     if not files or len(kinds) > 1:
         told = f"holds {' and '.join(sorted(kinds))}: say which, by a glob" if files else "names no picture"

@@ -69,7 +69,7 @@ def run(config: PredictConfig) -> Summary:
     out, phrases = Path(config.out).absolute(), _phrases(config)
     folder, card = open_adapter(config.adapter, config.sampling)
     autoencoder = fetch_autoencoder(config.fast.autoencoder)
-    pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels)
+    pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels, but=out)
     settings = as_dict(config)
     workers, notes = _fitting(config.run, _most_phrases(pictures.rows, phrases), card.resolution)
     connect()

@@ -105,6 +105,7 @@ def write(job: Job, config: PrepareConfig) -> Summary:
             run=WorkersConfig(workers=min(config.workers, len(parts)), batch_size=1),
             identity=identity,
             unit="shards",
+            largest_task=1,  # of some hundred pictures
             on_error=config.on_error,
             finalize=lambda counts: _index(out, counts, job, dict(zip(names, parts, strict=True))),
         )

@@ -31,14 +31,14 @@ from ray.data.datasource import Datasource, ReadTask
 from rlfseg.config import WorkersConfig
 from rlfseg.errors import BadSample, DataError, RlfsegError
 from rlfseg.pipeline.causes import full_disk, our_cause
-from rlfseg.pipeline.cluster import check_budget, connect, cpus_needed, where
+from rlfseg.pipeline.cluster import check_budget, check_nodes, connect, cpus_needed, nodes, where
 from rlfseg.pipeline.folders import alone, begin, finish, read_table, require_finished, unclaim, unseen
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, reason, unpack
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-SHARES = 4  # a task is so large a part of a worker's share of the rows that are left
-LARGEST = 256  # rows of a task
+# A task is so large a part of a worker's share: of all rows, which a kill may cost, and of those that are left
+OF_ALL, OF_THE_REST = 16, 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,7 @@ class Stage:
         arithmetic: What the work computes in, see `arithmetic`; for the Summary.
         identity: Whatever changes the result; another identity in the same folder is refused.
         unit: What a row is, in the plural.
+        largest_task: Most rows that a worker does before they are on disk.
         on_error: `stop` or `skip`.
         finalize: Called when all rows are written and before the folder counts as whole; may correct the counts, and
             add `figures` and `notes` for the Summary.
@@ -78,6 +79,7 @@ class Stage:
     gpus: float = 0
     arithmetic: str = ""
     unit: str = "images"
+    largest_task: int = 256
     on_error: str = "stop"
     finalize: Callable[[Row], Row] = lambda counts: counts
 
@@ -121,6 +123,7 @@ def run_stage(stage: Stage) -> Summary:
     connect()
     cpus, gpus = cpus_needed(stage.run, bool(stage.finish)), stage.run.workers * stage.gpus
     check_budget(stage.name, cpus, gpus, lower="its workers, loaders, cpus or gpus")
+    check_nodes(stage.name, {"cpus": stage.run.cpus, "gpus": stage.gpus, "memory_gb": stage.run.memory_gb})
     with alone(stage.out):
         count = Committed(stage.out)
         before = count()
@@ -146,11 +149,13 @@ def _work_off(stage: Stage, count: Committed) -> None:
 
 def _pipeline(stage: Stage) -> Dataset:
     run = stage.run
-    parts = split(stage.rows, run)
+    parts = split(stage.rows, run, stage.largest_task)
     ds = read_rows(parts)
     ds.context.checkpoint_config = CheckpointConfig(
         id_column="id", checkpoint_path=str(stage.out / "_checkpoint"), delete_checkpoint_on_success=False
     )
+
+    ds.context.execution_no_progress_timeout_s = -1  # a task may take as long as it likes, and tells nothing before
 
     def step(name: str, last: bool) -> Row:
         own = {"name": name, "schema": stage.schema if last else None}
@@ -167,7 +172,7 @@ def _pipeline(stage: Stage) -> Dataset:
         fn_constructor_kwargs={
             "make": stage.work,
             "kwargs": stage.kwargs,
-            "workers": run.workers,
+            "workers": -(-run.workers // nodes()),
             "step": step("work", last=stage.finish is None),
         },
         compute=ActorPoolStrategy(size=run.workers),
@@ -187,7 +192,7 @@ def read_rows(parts: list[pa.Table]) -> Dataset:
     return ds
 
 
-def split(rows: pa.Table, run: WorkersConfig) -> list[pa.Table]:
+def split(rows: pa.Table, run: WorkersConfig, largest: int) -> list[pa.Table]:
     """Index rows, a table a task: large ones first, which cost least, small ones last, so that workers end together.
 
     Whole batches: who is in one with whom, and so a result's last bits, depend on no number of CPUs or nodes.
@@ -195,13 +200,15 @@ def split(rows: pa.Table, run: WorkersConfig) -> list[pa.Table]:
     Args:
         rows: All of them.
         run: Settings of the workers.
+        largest: Most rows a task, where a batch is not more.
 
     Returns:
         All rows, in order.
     """
-    parts, start = list[pa.Table](), 0
+    parts, start, workers = list[pa.Table](), 0, max(run.workers, run.loaders)
+    largest = min(largest, rows.num_rows // (OF_ALL * workers))
     while start < rows.num_rows:
-        share = min(LARGEST, (rows.num_rows - start) // (SHARES * max(run.workers, run.loaders)))
+        share = min(largest, (rows.num_rows - start) // (OF_THE_REST * workers))
         parts.append(rows.slice(start, max(1, share // run.batch_size) * run.batch_size).combine_chunks())
         start += parts[-1].num_rows
     return parts
@@ -275,7 +282,7 @@ class _Actor:
         except RlfsegError as error:
             self.step = error  # raised here, only its text would arrive
         if torch := sys.modules.get("torch"):
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))  # of this node; Ray allows one
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))  # of this node; Ray allows one
 
     def __call__(self, table: pa.Table) -> pa.Table:
         if isinstance(self.step, RlfsegError):

@@ -146,7 +146,12 @@ def _judge(job: str, end: JobDetails) -> None:
         lines = (end.message or "").strip().splitlines() or [""]
         # Ray's own words are the first line, then come the job's last ones; the job may say better what it was
         why = next((line for line in reversed(lines) if line.startswith("rlfseg ")), lines[0])
-        raise JobError(f"job {job} ended as {end.status}: {why}", code=end.driver_exit_code or 1)
+        raise JobError(f"job {job} ended as {end.status}: {why}", code=_exit_code(end.driver_exit_code))
+
+
+def _exit_code(code: int | None) -> int:
+    """As a shell has it: a process that a signal has killed is, to Python, -9."""
+    return 128 - code if code is not None and code < 0 else code or 1
 
 
 def _too_large(folder: Path) -> DataError:

@@ -139,10 +139,22 @@ def _ready_store(config: TrainConfig, out: Path, state: str) -> Store:
     try:
         store = Store(config.storage or str(out / "checkpoints"), name)
         store.ready()
+        _require_same(store, out / "storage.json")
     except ConfigError as error:
         unclaim(out, error, lambda: state == "resume")
         raise
+    write_json(out / "storage.json", {"storage": store.shown})
     return store
+
+
+def _require_same(store: Store, note: Path) -> None:
+    """Refuses a resume from a storage that holds nothing of what was done: it would begin anew without a word."""
+    known = read_json(note)["storage"] if note.is_file() else store.shown
+    if known != store.shown and not store.newest_step():
+        raise ConfigError(
+            f"storage: {store.shown} holds no checkpoint of this training, which kept them in {known}; give that, or "
+            f"copy {store.name} from there, or give another `out` to train anew"
+        )
 
 
 def odd_phrases(captions: Iterable[list[str]], base: Path) -> list[str]:

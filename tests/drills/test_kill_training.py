@@ -172,7 +172,6 @@ def test_more_deaths_than_allowed_are_told_in_a_line_and_the_work_is_kept(
 
 @pytest.mark.usefixtures("clock")
 @pytest.mark.fault("mlflow-01")
-@pytest.mark.fault("mlflow-03")
 def test_a_gradient_that_stays_nan_ends_the_training_with_its_work_saved(
     latents: Path, root: Path, tmp_path: Path
 ) -> None:

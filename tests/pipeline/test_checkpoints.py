@@ -179,7 +179,6 @@ def test_a_full_disk_is_told_and_the_one_before_is_kept(tmp_path: Path) -> None:
         assert contents(store) == ["second", "first"]
 
 
-@pytest.mark.fault("ckpt-04")
 @pytest.mark.usefixtures("impatient")
 def test_a_file_system_that_takes_no_more_is_told(store: Store) -> None:
     """The same without the right to mount: a limit on the size of files, in a process of its own."""
@@ -202,6 +201,7 @@ except ResourceError as error:
     assert contents(store) == ["first"]
 
 
+@pytest.mark.fault("ckpt-04")
 @pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("uploading", [False, True])
 def test_the_disk_that_is_full_is_named(store: Store, monkeypatch: pytest.MonkeyPatch, uploading: bool) -> None:

@@ -74,3 +74,11 @@ def test_settings_that_never_worked_claim_no_folder(
     with alone(tmp_path / "out"):
         unclaim(tmp_path / "out", error, lambda: begun)
     assert (tmp_path / "out").exists() == is_left
+
+
+def test_a_start_that_could_not_even_claim_its_folder_may_be_made_again(tmp_path: Path) -> None:
+    """On a disk that was full, or killed at that."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "._STARTED.json.tmp").write_text('{"sch')
+    assert begin(tmp_path / "out", {}) == "new"
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["_STARTED.json"]

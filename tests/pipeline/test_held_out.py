@@ -55,7 +55,7 @@ def test_empty_phrases_and_damaged_samples_are_left_out_of_validation_by_name(od
     assert empty == [f"left out of validation: 1 empty phrases of {name}" for name in ("mute", "part")]
     backbone = Backbone.load(TINY)
     backbone.add_lora(LoraConfig(rank=2))
-    sums = TrainState(config, backbone, total_steps=1).validate(held_out, Card(base="tiny", resolution=64))
+    sums, _ = TrainState(config, backbone, total_steps=1).validate(held_out, Card(base="tiny", resolution=64))
     assert sums.results()["n_samples"] == len(whole.phrases) + len(part.phrases)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,15 @@ def test_a_name_that_is_not_utf_8_is_refused_with_its_file(folder: Path) -> None
         file.unlink()
     with pytest.raises(DataError, match=r"caf\\udce9\.parquet': its name isn't UTF-8; rename it"):
         find(str(folder), ASK, "phrases")
+
+
+def test_what_is_drawn_below_a_glob_is_none_of_its_pictures(folder: Path) -> None:
+    """Else the same command would find others, and refuse to go on."""
+    found = partial(find, f"{folder}/**/*.png", ["a"], "", but=folder / "masks")
+    before = found()
+    shutil.copytree(folder, folder / "masks" / "overlays", ignore=lambda at, names: set(names) - {"a.png"})
+    assert list((folder / "masks").rglob("*.png"))
+    assert found().fingerprint == before.fingerprint
 
 
 def test_one_kind_at_a_time(folder: Path) -> None:

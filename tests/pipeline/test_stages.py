@@ -19,6 +19,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ray import cloudpickle
+from ray.data import DataContext
 
 from rlfseg.config import PredictConfig, RefineConfig, SamConfig, WorkersConfig
 from rlfseg.errors import BadSample, ConfigError, DataError, ResourceError
@@ -31,6 +32,7 @@ from tests.pipeline.works import (
     Hopeless,
     PaintBackwards,
     PaintLast,
+    Slow,
     Together,
     Unmade,
     as_it_is,
@@ -93,7 +95,7 @@ def test_who_is_in_a_batch_with_whom_depends_on_no_number_of_workers(tmp_path: P
 @given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 20), st.integers(1, 20))
 def test_tasks_are_of_whole_batches_and_shrink_to_one(rows: int, batch_size: int, workers: int, loaders: int) -> None:
     index = pa.table({"id": [str(n) for n in range(rows)]})
-    parts = stages.split(index, WorkersConfig(batch_size=batch_size, workers=workers, loaders=loaders))
+    parts = stages.split(index, WorkersConfig(batch_size=batch_size, workers=workers, loaders=loaders), 256)
     assert [row["id"] for part in parts for row in part.to_pylist()] == index["id"].to_pylist()
     sizes = [part.num_rows for part in parts]
     assert sizes == sorted(sizes, reverse=True)
@@ -263,6 +265,33 @@ def test_an_error_in_the_making_of_the_work_is_one_of_ours_and_claims_no_folder(
         run_stage(stage(tmp_path / "out", 1, work=Unmade))
     corrected = stage(tmp_path / "out", 1, identity={"model": "another"})
     assert run_stage(corrected).rows_out == 1
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        (WorkersConfig(cpus=6), "count: run.cpus: 6 for each process, and no node has more than 4"),
+        (WorkersConfig(gpus=1), "count: run.gpus: 1 for each process, and no node has more than 0.5"),
+        (WorkersConfig(memory_gb=20), "count: run.memory_gb: 20 for each process, and no node has more than 16"),
+    ],
+)
+def test_a_process_that_no_node_has_the_room_for_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: WorkersConfig, told: str
+) -> None:
+    """Three nodes have it together; Ray would wait for ever."""
+    node = {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 0.5, "memory": 16.0 * 2**30}}
+    lost = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0, "memory": 2.0**40}}
+    monkeypatch.setattr("ray.nodes", lambda: [node] * 3 + [lost])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 12.0, "GPU": 1.5})
+    with pytest.raises(ResourceError, match=f"^{told}$"):
+        run_stage(stage(tmp_path / "out", 5, run=run, gpus=run.gpus or 0))
+
+
+def test_a_task_may_take_as_long_as_it_likes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray ends what shows no progress for half an hour; a picture takes minutes on a CPU, a task has many."""
+    monkeypatch.setattr(DataContext.get_current(), "execution_no_progress_timeout_s", 0.5)
+    slow = stage(tmp_path / "out", 2, work=Slow)
+    assert run_stage(slow).rows_out == 2
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")

@@ -70,6 +70,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
         (JobStatus.SUCCEEDED, 0, 0),
         (JobStatus.FAILED, 2, 2),
         (JobStatus.FAILED, None, 1),  # it never started
+        (JobStatus.FAILED, -9, 137),  # killed, for want of memory for example
         (JobStatus.STOPPED, None, 143),
         (JobStatus.STOPPED, 0, 143),  # and caught the signal
     ],

@@ -9,12 +9,12 @@ import re
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
-from rlfseg import adapter, cli, hdf5, tracking
+from rlfseg import adapter, cli, hdf5, tracking, training
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
 from rlfseg.config import BackboneConfig, LoraConfig, OptimizerConfig, TrainConfig, as_dict
@@ -163,11 +163,13 @@ def test_a_full_disk_costs_lines_and_overlays_but_no_step(
     meter.add(1, figures)
     sums = Sums()
     sums.add(np.ones((2, 2), np.float32), np.ones((2, 2), np.uint8), 0.5)
-    state = SimpleNamespace(step_number=7, validate=lambda held_out, card: sums)
+    state = SimpleNamespace(step_number=7, validate=lambda held_out, card: (sums, 2))
     own = bare_loop(config, tmp_path, state=state, held_out=[None])
     monkeypatch.setattr(loop, "_sheet", lambda *_: np.zeros((9, 9, 3), np.uint8))
     own._note_skipped([], figures)
-    own._validate(Card(base="tiny", resolution=64))
+    card = Card(base="tiny", resolution=64)
+    assert own._validate(card)["failed"] == 2
+    own._draw(card)
     told = [r.getMessage() for r in caplog.records if "the training goes on" in r.getMessage()]
     assert [name for name in (CURVE, SKIPPED, overlay.name) if any(name in line for line in told)] == [
         *(CURVE, SKIPPED, overlay.name)
@@ -237,9 +239,43 @@ def test_no_checkpoint_is_made_while_no_weight_moves_but_at_the_end(
     assert made == [2, 6]
 
 
-def test_a_node_that_does_not_see_the_output_folder_is_named(tmp_path: Path) -> None:
-    own = bare_loop(TrainConfig(out=""), tmp_path)
+def test_a_node_that_does_not_see_the_output_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it looks for the data, which it doesn't see either."""
+    config = TrainConfig(out=str(tmp_path), samples="/nowhere")
+    job = bare_loop(config, tmp_path).job
+    where = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1)
+    monkeypatch.setattr("ray.train.get_context", lambda: where)
+    job = dataclasses.replace(job, storage=str(tmp_path / "disk"), name="train-1")
     with pytest.raises(Stop, match=rf"out: {tmp_path} is not seen by .*; all nodes must share it"):
-        own._require_out()
+        Loop(job)
     write_json(tmp_path / "_STARTED.json", {})
-    own._require_out()
+    with pytest.raises(Stop, match=rf"storage: {tmp_path}/disk is not seen by .*; all nodes must share it"):
+        Loop(job)
+    (tmp_path / "disk" / "train-1").mkdir(parents=True)
+    Loop._require_folders(bare_loop(config, tmp_path, store=Store(job.storage, job.name)))
+
+
+def test_what_the_network_makes_nan_of_is_drawn_empty() -> None:
+    backbone = Backbone.load(TINY)
+    backbone.add_lora(LORA)
+    backbone.trainable()[0].data.fill_(math.nan)
+    state: Any = SimpleNamespace(backbone=backbone, step_number=1)
+    scene = draw_scene(0)
+    held_out = training.Labelled(image=scene.image, phrases=["ring"], masks=scene.phrases[0].mask[None])
+    assert loop._sheet(state, Card(base="tiny", resolution=64), [held_out]).ndim == 3
+
+
+def test_readers_take_no_cpu_beside_as_many_workers_as_there_are_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray starts so many of an elastic training; tasks that wanted one more would wait for ever."""
+    taken = list[dict[str, Any]]()
+
+    def read(source: object, **pace: Any) -> SimpleNamespace:
+        taken.append(pace)
+        return SimpleNamespace(iter_batches=lambda **_: iter(()))
+
+    monkeypatch.setattr("ray.data.read_datasource", read)
+    source: Any = SimpleNamespace(counts=np.ones(8, np.int64), by_file=False, phrase_bytes=1)
+    for least in (None, 1):
+        config = TrainConfig(out="", samples="a", batch_size=1, workers=2, min_workers=least)
+        assert not list(batches(source, cast(Any, None), config, epoch=0, rank=0, world=2))
+    assert taken == [{}, {"concurrency": 1, "num_cpus": 0}]

@@ -173,6 +173,22 @@ def test_a_storage_that_cannot_be_written_to_is_told_before_a_run_is_opened(
     assert out.exists()  # it has begun: settings were good once
 
 
+def test_another_storage_on_resume_must_hold_what_was_done(samples: Path, tmp_path: Path) -> None:
+    """Else it would begin at step 0 again without a word."""
+    first = started(settings(samples, tmp_path / "out")).store
+    first.keep(1, lambda folder: (folder / "weights").touch())
+    other = settings(samples, tmp_path / "out", storage=str(tmp_path / "big"))
+    with pytest.raises(
+        ConfigError, match=rf"storage: {tmp_path}/big holds no checkpoint .* in {first.shown}; give that"
+    ):
+        train.run(other)
+    assert first.newest_step() == 1
+    shutil.copytree(first.folder, tmp_path / "big" / first.name, dirs_exist_ok=True)
+    assert started(other).store.newest_step() == 1
+    shutil.rmtree(first.folder)
+    assert started(other).store.newest_step() == 1
+
+
 # --- passwords ----------------------------------------------------------------------------------------------------
 
 

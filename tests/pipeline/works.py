@@ -25,6 +25,14 @@ class Count:
         return [{"id": row["id"], "status": OK, "value": row["image"].size} for row in rows]
 
 
+class Slow(Count):
+    """Work: takes two seconds a batch."""
+
+    def __call__(self, rows: Rows) -> Rows:
+        time.sleep(2)
+        return super().__call__(rows)
+
+
 class Together:
     """Work: the number of the first row that was in the batch."""
 
