@@ -1,4 +1,4 @@
-"""One of the three processes of test_training.py: a training over gloo that is left and gone on with.
+"""One of the three processes of test_training_processes.py: a training over gloo that is left and gone on with.
 
 python tests/three_processes.py FOLDER RANK      reads FOLDER/batches.pt, writes FOLDER/three-RANK.pt
 """

@@ -1,4 +1,4 @@
-"""One of the two processes of test_training.py: data parallelism over gloo, with gradient checkpointing.
+"""One of the two processes of test_training_processes.py: data parallelism over gloo, with gradient checkpointing.
 
 python tests/two_processes.py FOLDER RANK      reads FOLDER/batches.pt, writes FOLDER/RANK.pt
 """
