@@ -236,11 +236,10 @@ def parse(name: str, arguments: list[str]) -> Any:
     Raises:
         ConfigError: A value is out of range: one line with field, value and what is allowed.
     """
-    own = parser(name)
-    parsed = own.parse_args(arguments)
+    parsed = parser(name).parse_args(arguments)
     parsed.pop("config", None)
     try:
-        # Not by own.instantiate: it makes nested settings by themselves, and an error names only their own part
+        # Not by the parser's `instantiate`: it makes nested settings by themselves; an error names only their own part
         return TypeAdapter(COMMANDS[name].settings).validate_python(parsed.as_dict())
     except ValidationError as error:
         raise ConfigError("; ".join(_field_error(e) for e in error.errors())) from error

@@ -41,7 +41,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000
 WRONG = (OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, OverflowError, RuntimeError)
 DAMAGED = (*WRONG, MemoryError, AssertionError, struct.error, zlib.error)
 # Numbers of a file's own errors: none where Pillow raises it, EINVAL where damaged bytes make it seek to nowhere.
-OF_THE_FILE = (None, ENOENT, EACCES, EISDIR, ENOTDIR, ENAMETOOLONG, ELOOP, EINVAL)
+OF_ITS_NAME = (ENOENT, EACCES, EISDIR, ENOTDIR, ENAMETOOLONG)
+OF_THE_FILE = (None, *OF_ITS_NAME, ELOOP, EINVAL)
 BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 

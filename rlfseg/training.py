@@ -144,8 +144,8 @@ class TrainState:
         side = self.config.backbone.resolution // self.backbone.factor
         z = torch.zeros(size, self.backbone.vae.config.latent_channels, side, side, device=self.backbone.device)
         with self.backbone.autocast():
-            text = self.backbone.text([""] * size)
-            self.model(z, z.new_ones(size), text).mean().backward()
+            mean = self.model(z, z.new_ones(size), self.backbone.text([""] * size)).mean()
+        mean.backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _synced(self, last: bool) -> AbstractContextManager[object]:
@@ -192,7 +192,7 @@ class TrainState:
         for sample in samples:
             results = segmenter.segment([sample.image], [sample.phrases], sampling=SamplingConfig())[0]
             for result, mask in zip(results, sample.masks, strict=True):
-                failed += bool(result.failed)
+                failed += result.failed
                 sums.add(np.zeros(mask.shape, np.float32) if result.failed else result.score, mask, result.threshold)
         return sums, failed
 

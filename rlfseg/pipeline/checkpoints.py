@@ -12,7 +12,6 @@ import contextlib
 import errno
 import json
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Collection, Iterator
 from hashlib import file_digest
@@ -36,6 +35,7 @@ from ray.train import Checkpoint
 
 from rlfseg.config import without_passwords
 from rlfseg.errors import ConfigError, ResourceError
+from rlfseg.pipeline.folders import not_shared
 
 SEAL = "files.json"
 PREFIX = "step-"
@@ -110,9 +110,7 @@ class Store:
         """The error of a node that doesn't see the folder that `ready` has made on another; None where it does."""
         if not isinstance(self.filesystem, LocalFileSystem) or Path(self.folder).is_dir():
             return None
-        return ConfigError(
-            f"storage: {self.shown} is not seen by {os.uname().nodename}; all nodes must share it, under the same path"
-        )
+        return not_shared("storage", self.shown)
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """All that lie there, whole or not, the latest step first."""

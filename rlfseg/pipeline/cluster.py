@@ -104,7 +104,11 @@ def check_budget(name: str, cpus: float, gpus: float, *, lower: str) -> None:
 
 def nodes() -> int:
     """How many of them are there, at least the one that we are on."""
-    return max(1, sum(bool(node["Alive"]) for node in ray.nodes()))
+    return max(1, len(_alive()))
+
+
+def _alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
 
 
 def check_nodes(name: str, settings: Mapping[str, float]) -> None:
@@ -117,9 +121,10 @@ def check_nodes(name: str, settings: Mapping[str, float]) -> None:
     Raises:
         ResourceError: No node has as much; names the setting.
     """
+    alive = _alive()
     for setting, wanted in settings.items():
         kind, unit = NODES_HAVE[setting]
-        most = max((node["Resources"].get(kind, 0) / unit for node in ray.nodes() if node["Alive"]), default=0)
+        most = max((node["Resources"].get(kind, 0) / unit for node in alive), default=0)
         if wanted > most:
             raise ResourceError(
                 f"{name}: run.{setting}: {wanted:g} for each process, and no node has more than {most:.3g}"

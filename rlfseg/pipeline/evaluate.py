@@ -284,19 +284,20 @@ class Measure:
             raise BadSample(str(error), file="evaluate", sample=row["id"]) from error
 
     def _measured(self, row: Row) -> Row:
-        best: Argmax = row.get("absent") or Argmax(row["size"])
-        phrases = list[Row]()
+        phrases, best = list[Row](), None
+        if "semseg" in self.config.protocols:
+            best = row.get("absent") or Argmax(row["size"])
         for n, (caption, truth) in enumerate(zip(row["captions"], row["labels"], strict=True)):
             # One at a time: at the size of a photograph, the scores of all phrases are gigabytes
             score, about = self._given(row, n)
             phrases.append(about | self._compared(score, truth, missing=about["missing"]))
-            if "semseg" in self.config.protocols:
+            if best is not None:
                 best.add(score, self.labels[caption])
         lists = ("masks", "iou", "missing", "gamma", *(p for p in self.config.protocols if p in PROTOCOLS))
         done: Row = {key: [phrase[key] for phrase in phrases] for key in lists}
         done |= {key: row[key] for key in ("id", "captions", "subsets", "empty")}
         done |= {"status": OK, "unused": row.get("unused", 0), "clipped": sum(p["clipped"] for p in phrases)}
-        return done | (self._semseg(row, best) if "semseg" in self.config.protocols else {})
+        return done if best is None else done | self._semseg(row, best)
 
     def _given(self, row: Row, n: int) -> tuple[Score, Row]:
         """The score of a phrase at the picture's size, 0 everywhere where none was predicted, and how it came about."""
@@ -306,7 +307,7 @@ class Measure:
             return given, {"missing": score is None, "gamma": 0.0, "clipped": False}
         result = row["squares"][n].at(row["size"], self.threshold)
         if result.failed:
-            raise BadSample("the network gave NaN", file="evaluate", sample=row["id"])
+            raise DataError("the network gave NaN")
         return result.score, {"missing": False, "gamma": result.gamma, "clipped": result.clipped}
 
     def _compared(self, score: Score, truth: Mask, *, missing: bool) -> Row:

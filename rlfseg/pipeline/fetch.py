@@ -7,7 +7,6 @@ keys, which says nothing about the picture: then the job ends, and goes on from 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from errno import EACCES, EISDIR, ENAMETOOLONG, ENOENT, ENOTDIR
 from functools import lru_cache
 from typing import Any
 
@@ -16,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlfseg.errors import BadSample, DataError
+from rlfseg.images import OF_ITS_NAME
 
-OF_THE_OBJECT = (ENOENT, EACCES, EISDIR, ENOTDIR, ENAMETOOLONG)
 # In S3's words; keys that expired or are of no use are no fault of the object
 FORBIDDEN = ("AccessDenied", "InvalidObjectState")
 AT_ONCE = 16  # pictures of a row group that are in memory as values
@@ -87,7 +86,7 @@ def outage(place: str, error: Exception) -> DataError:
 def _of_the_object(error: Exception) -> bool:
     answer = getattr(error.__cause__, "response", None)  # botocore's; s3fs says PermissionError of any keys
     code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
-    known = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in OF_THE_OBJECT
+    known = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in OF_ITS_NAME
     return known or code in FORBIDDEN
 
 

@@ -68,9 +68,13 @@ def begin(out: Path, identity: Row) -> str:
 
 def unseen(out: Path) -> ConfigError | None:
     """The error of a node that doesn't see a folder which a job has claimed on another; None where it does."""
-    if (out / STARTED).is_file():
-        return None
-    return ConfigError(f"out: {out} is not seen by {os.uname().nodename}; all nodes must share it, under the same path")
+    return None if (out / STARTED).is_file() else not_shared("out", str(out))
+
+
+def not_shared(setting: str, place: str) -> ConfigError:
+    """What to say of a folder that this node doesn't see."""
+    node = os.uname().nodename
+    return ConfigError(f"{setting}: {place} is not seen by {node}; all nodes must share it, under the same path")
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def find(
         samples = open_samples(source)
         rows = samples.rows.select(["id", "shard"])
         return Pictures(rows=rows, read=OfShards(samples.folder, phrases), fingerprint=samples.fingerprint)
-    files = {file: state for file, state in _files(source).items() if but is None or but not in Path(file).parents}
+    files = {file: state for file, state in _files(source).items() if but is None or not file.startswith(f"{but}/")}
     kinds = {_kind(file) for file in files}
     if not files or len(kinds) > 1:
         told = f"holds {' and '.join(sorted(kinds))}: say which, by a glob" if files else "names no picture"

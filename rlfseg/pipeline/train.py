@@ -25,7 +25,7 @@ from rlfseg.errors import ConfigError, ModelError, ResourceError, RlfsegError
 from rlfseg.hub import resolve_base
 from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
-from rlfseg.pipeline.cluster import arithmetic, check_budget, connect, where
+from rlfseg.pipeline.cluster import arithmetic, check_budget, connect, nodes, where
 from rlfseg.pipeline.folders import (
     STARTED,
     alone,
@@ -369,7 +369,7 @@ def _tracked(config: TrainConfig, out: Path) -> tracking.Run:
     recorded = tracking.Run.start(config.tracking, params=as_dict(config), run_name=out.name, tags=tags)
     if recorded.id:
         write_json(note, {"uri": without_passwords(recorded.uri), "run_id": recorded.id})
-        if recorded.uri.startswith("sqlite") and sum(node["Alive"] for node in ray.nodes()) > 1:
+        if recorded.uri.startswith("sqlite") and nodes() > 1:
             logger.warning(
                 "tracking.uri: %s is a file of this node, and there are others: a worker there records nothing here; "
                 "give a server's address in MLFLOW_TRACKING_URI",

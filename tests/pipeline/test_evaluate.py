@@ -328,6 +328,9 @@ def test_nan_refuses_its_picture_alone(protocol: str, bad: str) -> None:
     assert [r["status"] != "ok" for r in done] == asked_bad
     assert any(asked_bad)
     assert all("NaN" in r["status"] for r in done if r["status"] != "ok")
+    if protocol == "rlfseg":
+        told = {f"refused: evaluate [{r['id']}]: the network gave NaN" for r in done if r["status"] != "ok"}
+        assert {r["status"] for r in done} == told | {"ok"}
 
 
 @pytest.mark.parametrize("given", ["rlfseg,clipseg", "[rlfseg, clipseg]", "[rlfseg,clipseg,rlfseg]", "rlfseg, clipseg"])

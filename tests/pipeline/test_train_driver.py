@@ -159,8 +159,9 @@ def test_a_storage_that_cannot_be_written_to_is_told_before_a_run_is_opened(
 ) -> None:
     (tmp_path / "file").touch()
     place = str(tmp_path / "file" / "checkpoints")
-    if storage == "s3":  # a bucket that may not be made
+    if storage == "s3":  # a bucket that may not be made, of a name that no other test has made
         place = request.getfixturevalue("bucket_uri").replace("allow_bucket_creation=true&", "")
+        place = place.replace("s3://bucket/", "s3://missing/")
     out = tmp_path / "out"
     tracked = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(ConfigError, match=r"storage: .*can't be written to: "):
