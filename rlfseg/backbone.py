@@ -195,7 +195,7 @@ class Backbone:
         new = [p for p in dict.fromkeys(phrases) if p not in states]
         if new:
             states |= zip(new, self._encode_text(new), strict=True)
-            self._text_cache.update((p, states[p]) for p in new)
+            self._text_cache.update((p, states[p].clone()) for p in new)  # a view would keep those of all
         return torch.stack([states[p] for p in phrases])
 
     @torch.no_grad()

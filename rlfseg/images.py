@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Source = str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 
 MAX_PIXELS = 64_000_000
+MOST_PIXELS = 2 * 89_478_485  # that Pillow opens, and so the highest limit that one may set
 BAND = 2**22  # pixels of a picture that are floats at a time
 TALL = 2**16  # rows; no JPEG has more
 SUFFIXES = frozenset(
@@ -238,8 +239,8 @@ def rle_decode(counts: str | bytes | list[Any], size: tuple[int, int]) -> NDArra
         DataError: Not such counts, or of another size.
     """
     height, width = size
-    if not 0 < height * width <= MAX_PIXELS or min(size) < 1:
-        raise DataError(f"a mask of {height} x {width} pixels is outside 1 to {MAX_PIXELS:,}")
+    if not 0 < height * width <= MOST_PIXELS or min(size) < 1:
+        raise DataError(f"a mask of {height} x {width} pixels is outside 1 to {MOST_PIXELS:,}")
     # Not by pycocotools: its decoder writes outside its buffer where the counts are damaged.
     runs = _plain_runs(counts) if isinstance(counts, list) else _runs(counts)
     if runs is None or not 0 <= runs.min() <= runs.max() <= height * width or runs.sum() != height * width:
@@ -343,7 +344,7 @@ def _stretch(planes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _plain_runs(counts: list[Any]) -> NDArray[np.int64] | None:
     """Run lengths that are written out, or None if they are none."""
-    if not counts or not all(type(run) is int and 0 <= run <= MAX_PIXELS for run in counts):
+    if not counts or not all(type(run) is int and 0 <= run <= MOST_PIXELS for run in counts):
         return None
     return np.array(counts, np.int64)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 PAUSE = 30.0  # seconds between two tries while the other side is away
+SHARE = 20  # of that time, in which a try may take one: a server that doesn't even refuse costs a minute each
 NUMBERS_A_CALL = 1000
 LONGEST_NAME, LONGEST_PARAM = 250, 1000  # what MLflow takes, and of its 6,000 what people read
 CUT = "cut here, whole in config.yaml]"
@@ -122,12 +123,12 @@ class Outbox:
             logger.warning("%d numbers were dropped in an outage", self._dropped)
 
     def _send(self) -> None:
-        if self._clock() >= self._next_try:
+        if (start := self._clock()) >= self._next_try:
             try:
                 self._send_numbers()
                 self._send_calls()
             except Away as error:
-                self._note_outage(error)
+                self._note_outage(error, self._clock() - start)
             else:
                 if self._away:
                     logger.warning("tracking is back; what was kept has been sent")
@@ -156,8 +157,8 @@ class Outbox:
                 logger.warning("refused: %s: %s", what, error)
             del self._calls[0]
 
-    def _note_outage(self, error: Away) -> None:
+    def _note_outage(self, error: Away, took: float) -> None:
         if not self._away:
             logger.warning("tracking is away; everything is kept and sent later: %s", error)
         self._away = True
-        self._next_try = self._clock() + PAUSE
+        self._next_try = self._clock() + max(PAUSE, SHARE * took)

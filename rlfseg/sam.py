@@ -27,7 +27,7 @@ from rlfseg.errors import ConfigError, ModelError
 
 TINY_WEIGHTS = ASSETS / "sam" / "model.safetensors"
 PROMPT_LOGIT = 10.0  # SAM's own logits run from about -20 to +10, and its first LayerNorm saturates there
-CHUNK = 64  # prompts a decoder call: bounds the memory of masks at full size
+CHUNK, CHUNK_PIXELS = 64, 2**26  # prompts a decoder call, and pixels of their masks at full size, which are floats
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,18 @@ class SamModel:
         """
         if (masks is None) == (logits is None):
             raise ValueError("give either masks or logits")
-        prompt = self.mask_prompt(masks) if masks is not None else torch.from_numpy(np.array(logits))[:, None]
         xy = torch.from_numpy(np.array(points, dtype=np.float32))
         xy = (xy + 0.5) * torch.tensor(embedding.scale) - 0.5  # pixel centres
-        parts = [self._decode(embedding, p, m) for p, m in zip(xy.split(CHUNK), prompt.split(CHUNK), strict=True)]
-        full, low, iou = (torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True))
+        height, width = embedding.original_size
+        at_once, parts = max(1, min(CHUNK, CHUNK_PIXELS // (height * width))), []
+        for n in range(0, len(xy), at_once):
+            own = slice(n, n + at_once)
+            if masks is not None:
+                prompt = self.mask_prompt(masks[own])
+            else:
+                prompt = torch.from_numpy(np.array(logits)[own])[:, None]
+            parts.append([x.cpu().numpy() for x in self._decode(embedding, xy[own], prompt)])
+        full, low, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
         return full, low, iou
 
     def mask_prompt(self, masks: UInt8[np.ndarray, "B H W"]) -> Float[Tensor, "B 1 h w"]:

@@ -221,6 +221,9 @@ class Segmenter:
             self.squares(z1[:1], [["warm-up"] * n], sampling=sampling)
 
 
+RECOMPILE_LIMIT = 64
+
+
 def few_shapes(function: Callable[..., Any], most: int, device: str) -> Callable[..., Any]:
     """A function of batches, compiled, whose batches are padded to the next power of two: few shapes, few compilations.
 
@@ -233,6 +236,8 @@ def few_shapes(function: Callable[..., Any], most: int, device: str) -> Callable
     Returns:
         A function with the same results, in memory of their own.
     """
+    # Of a function: each of the sizes under each sampling. Beyond its 8, torch would go on uncompiled without a word
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     fast = torch.compile(function, dynamic=False, mode="default" if device == "cpu" else "reduce-overhead")
 
     def call(batch: Tensor, *others: Any) -> Any:

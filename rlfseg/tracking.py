@@ -41,7 +41,7 @@ PYFUNC = Path(__file__).with_name("pyfunc_model.py")
 RUNS = Path("runs")  # in the working directory of the moment
 SCHEMES = ("sqlite", "http", "https", "postgresql", "mysql", "mssql", "databricks")
 
-# MLflow's own (7 retries, backoff 2, 120 s) hold a training step for minutes; with these an outage costs 3 s a try.
+# MLflow's own (7 retries, backoff 2, 120 s) hold a training step for minutes; so a refusal costs 3 s, silence a minute.
 PATIENCE = {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "20"}
 logger = logging.getLogger(__name__)
 logging.getLogger("mlflow").setLevel(logging.WARNING)  # it tells of tables, examples, each start and stop

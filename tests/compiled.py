@@ -29,7 +29,7 @@ CARD = Card(base="tiny", resolution=64)
 
 
 def make(compiled: bool) -> TrainState:
-    tiny, lora = BackboneConfig(base="tiny", resolution=64, device="cpu"), LoraConfig(rank=4, targets=EVERY_LAYER)
+    tiny, lora = BackboneConfig(base="tiny", resolution=64, device="cpu"), LoraConfig(rank=16, targets=EVERY_LAYER)
     backbone = Backbone.load(tiny)
     backbone.add_lora(lora)
     speed = SpeedConfig(compile=compiled, gradient_checkpointing=compiled)
@@ -60,7 +60,9 @@ for n in range(20):
     seconds.append(time.perf_counter() - start)
 of_pictures = graphs()
 distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/rendezvous", rank=0, world_size=1)
-state.model = DistributedDataParallel(state.backbone.velocity, gradient_as_bucket_view=True, broadcast_buffers=False)
+# 3 MB of gradients in buckets of 1: the graph is cut between them, as it is for SD's 51 MB in buckets of 25
+buckets = {"gradient_as_bucket_view": True, "broadcast_buffers": False, "bucket_cap_mb": 1}
+state.model = DistributedDataParallel(state.backbone.velocity, **buckets)
 figures = []
 for seed in range(4):
     figures.append((state.step(batch(4, seed)), eager.step(batch(4, seed))))

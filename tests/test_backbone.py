@@ -223,3 +223,11 @@ def test_lora_in_fewer_operations_is_peft_s(target: str, rank: int, dtype: Liter
             torch.testing.assert_close(ours, peft, rtol=1e-3, atol=1e-5 + 1e-4 * largest)
         else:
             assert float((ours - peft).norm() / peft.norm()) < 0.05
+
+
+def test_a_kept_phrase_keeps_its_own_states_alone() -> None:
+    backbone = Backbone.load(BackboneConfig(base="tiny", resolution=64, device="cpu"))
+    states = backbone.text([f"ring {n}" for n in range(5)])
+    kept = backbone.text(["ring 3"])
+    assert torch.equal(kept[0], states[3])
+    assert {held.untyped_storage().nbytes() for held in backbone._text_cache.values()} == {4 * states[0].numel()}

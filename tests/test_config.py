@@ -10,10 +10,12 @@ import sys
 
 import pydantic
 import pytest
+from PIL import Image
 
 from rlfseg.config import (
     BackboneConfig,
     LoraConfig,
+    PredictConfig,
     RefineConfig,
     SamplingConfig,
     TrainConfig,
@@ -23,6 +25,7 @@ from rlfseg.config import (
     without_passwords,
 )
 from rlfseg.errors import BadSample, ConfigError, DataError, ModelError, ResourceError, RlfsegError
+from rlfseg.images import MOST_PIXELS
 
 
 @pytest.mark.parametrize(
@@ -49,6 +52,12 @@ def test_what_others_may_read_has_no_user_and_no_password(uri: str, shown: str) 
 def test_settings_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         BackboneConfig().resolution = 64  # type: ignore[misc]
+
+
+def test_no_more_pixels_may_be_allowed_than_pillow_opens() -> None:
+    assert PredictConfig(images="x", out="y", pixels=MOST_PIXELS).pixels == 2 * Image.MAX_IMAGE_PIXELS  # type: ignore[operator]
+    with pytest.raises(pydantic.ValidationError, match="pixels"):
+        PredictConfig(images="x", out="y", pixels=MOST_PIXELS + 1)
 
 
 @pytest.mark.parametrize(

@@ -386,6 +386,10 @@ def test_damaged_rle_gives_zeros_and_ones_or_a_refusal(mask: NDArray[np.uint8], 
     assert decoded.max() <= 1
 
 
+def test_a_mask_of_as_many_pixels_as_one_may_allow_is_decoded() -> None:
+    assert images.rle_decode([3, 2, 170_000_000 - 5], (10_000, 17_000)).sum() == 2
+
+
 @pytest.mark.parametrize("counts", ["", "0", "o", "é", "\0", "9" * 500, "oooooooo1"])
 def test_nonsense_rle_is_refused(counts: str) -> None:
     with pytest.raises(DataError, match="RLE counts"):

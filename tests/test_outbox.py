@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -69,6 +70,21 @@ def test_kept_in_an_outage_and_sent_in_order_when_it_is_over(side: Side, box: Ou
     assert [n.step for n in side.got] == list(range(10))
     assert side.tags == {"latest": "9"}
     assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.fault("mlflow-07")
+def test_a_server_that_is_silent_for_a_minute_costs_a_twentieth_of_the_time(side: Side, box: Outbox) -> None:
+    deliver = side.deliver
+
+    def slow(*what: Any) -> None:
+        side.time += 60.0
+        deliver(*what)
+
+    side.away, box._deliver = True, slow
+    for step in range(1000):
+        side.time += 10.0
+        box.add([number(step)])
+    assert side.tries == pytest.approx(10_000 / 1200, abs=1)
 
 
 def test_an_outage_costs_one_try_a_pause_and_one_warning(

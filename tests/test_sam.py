@@ -148,8 +148,12 @@ def test_answers_are_those_of_the_official_predictor(model: SamModel, size: tupl
     np.testing.assert_allclose(again, their_again, atol=0.3)
 
 
-def test_one_call_with_many_prompts_equals_one_by_one(model: SamModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlfseg.sam.CHUNK", 3)
+@pytest.mark.parametrize(("prompts", "pixels"), [(3, 2**26), (64, 3 * 64 * 64 + 1), (64, 1)])
+def test_one_call_with_many_prompts_equals_one_by_one(
+    model: SamModel, monkeypatch: pytest.MonkeyPatch, prompts: int, pixels: int
+) -> None:
+    monkeypatch.setattr("rlfseg.sam.CHUNK", prompts)
+    monkeypatch.setattr("rlfseg.sam.CHUNK_PIXELS", pixels)
     image, _, _ = object_of(0)
     rng = np.random.default_rng(0)
     n = 5  # two calls to the decoder

@@ -130,7 +130,7 @@ class PredictConfig:
     """`auto` takes the GPU where there is one."""
     run: WorkersConfig = Field(default_factory=WorkersConfig)
     """Actors, GPUs, batch size."""
-    pixels: PositiveInt = 64_000_000
+    pixels: Annotated[int, Field(gt=0, le=178_956_970)] = 64_000_000
     """Height times width of a picture, by its header; a larger one is bad. Of HDF5's, 64,000,000 is the limit."""
     on_error: Literal["stop", "skip"] = "skip"
     """What a bad picture does to the job: stop it, or be reported and skipped."""

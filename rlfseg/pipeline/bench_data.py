@@ -261,7 +261,7 @@ def _by_ray(folder: Path, index: pa.Table) -> int:
         load, batch_size=RUN.batch_size, batch_format="pyarrow", compute=TaskPoolStrategy(size=LOADERS), memory=2**29
     )
     batches = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-    return sum(sum(arrive(batch)["bytes"].to_pylist()) for batch in batches)
+    return sum(sum(done["bytes"].to_pylist()) for batch in batches for done in arrive(batch))
 
 
 def _arrived(row: dict[str, Any]) -> dict[str, Any]:

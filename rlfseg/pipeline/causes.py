@@ -38,6 +38,16 @@ def full_disk(error: BaseException, out: Path) -> ResourceError | None:
     return None
 
 
+def full_gpu(error: BaseException, out: Path) -> ResourceError | None:
+    """What to say where a GPU was too small for what a call had it do; who starts again may lower both settings."""
+    if any("out of memory" in str(e) for e in _causes(error)):
+        return ResourceError(
+            f"{out}: a GPU's memory is full; lower fast.max_batch (where the command has it) or run.batch_size, or "
+            "have fewer share it by run.gpus, and start again: what is written stays, and it goes on"
+        )
+    return None
+
+
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
     """A chain of causes, as Ray nests them."""
     while error is not None:

@@ -64,6 +64,12 @@ def gpus_per_worker(run: WorkersConfig, device: str) -> float:
     return 1.0 if device != "cpu" and have else 0.0
 
 
+def hide_unreserved_gpus() -> None:
+    """Hides a node's GPUs from a process to which Ray gave none: it leaves them in sight, and `auto` would take one."""
+    if not ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def arithmetic(dtype: str, gpus: float) -> str:
     """`fp32` or `bf16`: what `device.choose_dtype` will choose in a worker with so many GPUs."""
     return dtype if dtype != "auto" else "bf16" if gpus else "fp32"
@@ -93,13 +99,19 @@ def check_budget(name: str, cpus: float, gpus: float, *, lower: str) -> None:
     Raises:
         ResourceError: More is asked for than the cluster has; names the sums.
     """
+    if short := lacks(cpus, gpus):
+        raise ResourceError(
+            f"{name} needs {short}: lower {lower}, or start Ray with more (`ray start --head --num-cpus N`; logical "
+            "CPUs may exceed the cores)"
+        )
+
+
+def lacks(cpus: float, gpus: float) -> str:
+    """`8 GPUs and this Ray has 4` where it has too few of either, else nothing."""
     have = ray.cluster_resources()
-    for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
-        if wanted > have.get(kind, 0):
-            raise ResourceError(
-                f"{name} needs {wanted:g} {kind}s and this Ray has {have.get(kind, 0):g}: lower {lower}, or start "
-                "Ray with more (`ray start --head --num-cpus N`; logical CPUs may exceed the cores)"
-            )
+    kinds = (("CPU", cpus), ("GPU", gpus))
+    short = (f"{n:g} {kind}s and this Ray has {have.get(kind, 0):g}" for kind, n in kinds if n > have.get(kind, 0))
+    return next(short, "")
 
 
 def nodes() -> int:
@@ -116,16 +128,14 @@ def check_nodes(name: str, settings: Mapping[str, float]) -> None:
 
     Args:
         name: The stage, for the message.
-        settings: What one process takes: some of `cpus`, `gpus` and `memory_gb`.
+        settings: What one process takes: some of `cpus`, `gpus` and `memory_gb`, by their full names (`run.cpus`).
 
     Raises:
         ResourceError: No node has as much; names the setting.
     """
     alive = _alive()
     for setting, wanted in settings.items():
-        kind, unit = NODES_HAVE[setting]
+        kind, unit = NODES_HAVE[setting.rpartition(".")[2]]
         most = max((node["Resources"].get(kind, 0) / unit for node in alive), default=0)
         if wanted > most:
-            raise ResourceError(
-                f"{name}: run.{setting}: {wanted:g} for each process, and no node has more than {most:.3g}"
-            )
+            raise ResourceError(f"{name}: {setting}: {wanted:g} for each process, and no node has more than {most:.3g}")

@@ -27,6 +27,7 @@ from rlfseg.pipeline.samples import LoadSample, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
 
 CHUNK = 32  # images or masks in one call of the autoencoder
+ROW_GROUP = 8  # rows, so that who reads latents reads hardly any but what it needs; at 512 px 2.5 MB
 # Bytes and a shape, not tensors of a framework's own type: any Parquet reader can use them.
 SCHEMA = pa.schema(
     [
@@ -70,6 +71,7 @@ def run(config: EncodeConfig) -> Summary:
             schema=SCHEMA,
             out=Path(config.out).absolute(),
             run=config.run,
+            row_group=ROW_GROUP,
             gpus=gpus,
             arithmetic=dtype,
             identity=samples.identity | {"backbone": backbone | {"dtype": dtype}},

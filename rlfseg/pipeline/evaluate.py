@@ -28,7 +28,7 @@ from rlfseg.pipeline import effective, report
 from rlfseg.pipeline.bases import Opened, fetch_autoencoder, open_adapter
 from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.predictions import LoadPredicted, find
-from rlfseg.pipeline.rows import OK, Row, RowByRow, Rows, refused
+from rlfseg.pipeline.rows import OK, Row, RowByRow, Rows, refused, score_bytes
 from rlfseg.pipeline.samples import LoadSample, Samples, askable, open_samples
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
 from rlfseg.results import checked_phrase
@@ -141,6 +141,7 @@ def _steps(
         "work": Scorer,
         "kwargs": {"config": config, "classes": classes, "reference": str(used.folder)},
         "finish": Measure(config, threshold, classes),
+        "weigh": partial(score_bytes, used.card.resolution),
         "gpus": gpus,
         "arithmetic": arithmetic("auto", gpus),
     }

@@ -28,6 +28,7 @@ from rlfseg.config import TrainConfig, as_dict, without_passwords
 from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
 from rlfseg.metrics import Sums
 from rlfseg.pipeline.checkpoints import Store
+from rlfseg.pipeline.cluster import hide_unreserved_gpus
 from rlfseg.pipeline.folders import unseen, write_json
 from rlfseg.pipeline.ingest import batches, steps_per_epoch
 from rlfseg.pipeline.rows import Row
@@ -48,7 +49,7 @@ T = TypeVar("T")
 Figures = dict[str, float]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)  # Ray may show it, and passwords with it
 class Job:
     """What every worker is told.
 
@@ -100,6 +101,7 @@ class Loop:
     """
 
     def __init__(self, job: Job):
+        hide_unreserved_gpus()
         config, context = job.config, ray.train.get_context()
         self.job, self.config = job, config
         self.rank, self.world = context.get_world_rank(), context.get_world_size()

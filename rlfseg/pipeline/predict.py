@@ -9,24 +9,22 @@ The three run at the same time on different pictures: a GPU waits neither for a 
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rlfseg import adapter, images
-from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, WorkersConfig, as_dict
+from rlfseg.config import FastConfig, PredictConfig, SamplingConfig, as_dict
 from rlfseg.errors import BadSample, ConfigError
 from rlfseg.pipeline.bases import fetch_autoencoder, open_adapter
 from rlfseg.pipeline.cluster import arithmetic, connect, gpus_per_worker
 from rlfseg.pipeline.folders import file_name, write_json
 from rlfseg.pipeline.pictures import Asked, find
-from rlfseg.pipeline.rows import OK, Row, Rows
+from rlfseg.pipeline.rows import OK, Row, Rows, score_bytes
 from rlfseg.pipeline.stages import Stage, Summary, run_stage
 from rlfseg.results import NESTED, Result, checked_phrase
 
@@ -35,7 +33,6 @@ if TYPE_CHECKING:  # imported where it is used: the driver and the CPU tasks nee
 
     from rlfseg.segmenter import Segmenter
 
-SCORES = 2**30  # bytes in the network's frame that a call may give; they go through Ray's object store in one piece
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -71,14 +68,13 @@ def run(config: PredictConfig) -> Summary:
     autoencoder = fetch_autoencoder(config.fast.autoencoder)
     pictures = find(config.images, phrases, config.phrases_column, pixels=config.pixels, but=out)
     settings = as_dict(config)
-    workers, notes = _fitting(config.run, _most_phrases(pictures.rows, phrases), card.resolution)
     connect()
     gpus = gpus_per_worker(config.run, config.device)
     return run_stage(
         Stage(
             name="predict",
             rows=pictures.rows,
-            load=Load(pictures.read, card.resolution, keep=config.overlays),
+            load=Load(pictures.read, card.resolution),
             work=Predictor,
             kwargs={
                 "reference": str(folder),
@@ -90,35 +86,21 @@ def run(config: PredictConfig) -> Summary:
                 card.threshold if config.threshold is None else config.threshold,
                 png=out / "png" if config.png else None,
                 overlays=out / "overlays" if config.overlays else None,
+                read=pictures.read,
             ),
             schema=SCHEMA,
             out=out,
-            run=workers,
+            run=config.run,
+            weigh=partial(score_bytes, card.resolution),
             gpus=gpus,
             arithmetic=arithmetic("auto", gpus),
             identity={k: settings[k] for k in ("images", "sampling", "threshold", "pixels", "png", "overlays")}
             | {"phrases": phrases, "pictures": pictures.fingerprint, "adapter": adapter.version(folder)}
             | {"autoencoder": autoencoder},
             on_error=config.on_error,
-            finalize=partial(_report, out, (*config.sampling.idle, *notes)),
+            finalize=partial(_report, out, config.sampling.idle),
         )
     )
-
-
-def _most_phrases(rows: pa.Table, phrases: list[str]) -> int:
-    """Of a picture; HDF5 files tell only later how many captions of their own they have, which are few."""
-    own = pc.max(pc.list_value_length(rows["captions"])).as_py() if "captions" in rows.column_names else 0
-    return len(phrases) + (own or 0)
-
-
-def _fitting(run: WorkersConfig, phrases: int, resolution: int) -> tuple[WorkersConfig, tuple[str, ...]]:
-    """With fewer pictures a call where the scores of so many phrases of each are too large, and a line that says so."""
-    each = 4 * max(phrases, 1) * resolution**2
-    fit = max(1, min(run.batch_size, SCORES // each))
-    if fit == run.batch_size:
-        return run, ()
-    told = f"{run.batch_size} pictures with {phrases} phrases have {run.batch_size * each / 2**30:.1f} GiB of scores"
-    return replace(run, batch_size=fit), (f"run.batch_size: {fit} is taken: {told}",)
 
 
 def _phrases(config: PredictConfig) -> list[str]:
@@ -137,11 +119,10 @@ class Load:
     Args:
         read: Index row -> picture and phrases.
         resolution: Side of the network's square.
-        keep: Hand the picture on, for those who draw on it.
     """
 
-    def __init__(self, read: Callable[[Row], Asked], resolution: int, *, keep: bool = False):
-        self.read, self.resolution, self.keep = read, resolution, keep
+    def __init__(self, read: Callable[[Row], Asked], resolution: int):
+        self.read, self.resolution = read, resolution
 
     def __call__(self, row: Row) -> Row:
         """Reads one picture.
@@ -150,15 +131,14 @@ class Load:
             row: An index row.
 
         Returns:
-            `id`, `captions`, `size` (H, W), `square` float32 [3, R, R], and `image` uint8 [H, W, 3] to be kept.
+            `index` (the index row), `id`, `captions`, `size` (H, W) and `square` float32 [3, R, R].
 
         Raises:
             BadSample: It can't be decoded.
         """
         image, captions = self.read(row)
         square = images.image_to_tensor(image, self.resolution).numpy()
-        loaded = {"id": row["id"], "captions": captions, "size": image.shape[:2], "square": square}
-        return loaded | ({"image": image} if self.keep else {})
+        return {"index": row, "id": row["id"], "captions": captions, "size": image.shape[:2], "square": square}
 
 
 class Predictor:
@@ -203,10 +183,19 @@ class Finish:
         threshold: Score above which a pixel is mask.
         png: Folder for a PNG a mask; None: none.
         overlays: Folder for an overlay a picture; None: none.
+        read: Index row -> picture and phrases; for overlays, whose picture is read again: photographs that went past
+            the networks would hold up a GPU.
     """
 
-    def __init__(self, threshold: float, *, png: Path | None = None, overlays: Path | None = None):
-        self.threshold, self.png, self.overlays = threshold, png, overlays
+    def __init__(
+        self,
+        threshold: float,
+        *,
+        png: Path | None = None,
+        overlays: Path | None = None,
+        read: Callable[[Row], Asked] | None = None,
+    ):
+        self.threshold, self.png, self.overlays, self.read = threshold, png, overlays, read
 
     def __call__(self, row: Row) -> Row:
         """Finishes one picture.
@@ -218,7 +207,7 @@ class Finish:
             Columns of SCHEMA.
 
         Raises:
-            BadSample: The network gave NaN for every phrase.
+            BadSample: The network gave NaN for every phrase, or the picture can't be read again.
         """
         name, phrases = file_name(row["id"]), list[Row]()
         masks: list[NDArray[np.uint8]] = []  # to be drawn over the picture together
@@ -234,8 +223,8 @@ class Finish:
         good = [phrase for phrase in phrases if phrase["mask"] is not None]
         if phrases and not good:
             raise BadSample("the network gave NaN for every phrase", file="predict", sample=row["id"])
-        if self.overlays is not None:
-            _save(self.overlays / f"{name}.png", _overlay(row["image"], masks, good))
+        if self.overlays is not None and self.read is not None:
+            _save(self.overlays / f"{name}.png", _overlay(self.read(row["index"])[0], masks, good))
         place = {"id": row["id"], "height": row["size"][0], "width": row["size"][1]}
         return place | {column: [phrase[one] for phrase in phrases] for column, one in NESTED.items()}
 

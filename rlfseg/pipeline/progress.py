@@ -7,13 +7,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 
+from ray.exceptions import RayError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
+
+SHARE = 20  # of the time between two looks, in which a look may take one: there may be 100,000 files to count
 
 
 class _Speed(ProgressColumn):
@@ -92,15 +96,18 @@ class Progress:
         self.bar.stop()
 
     def _watch(self) -> None:
-        said = self.clock()
-        while not self.stopped.wait(self.every):
+        said, wait = self.clock(), self.every
+        while not self.stopped.wait(wait):
+            start = time.monotonic()
             self._look()
+            wait = max(self.every, SHARE * (time.monotonic() - start))
             if self.bar.disable and self.clock() - said >= self.line_every:
                 said = self.clock()
                 print(self._line(), file=sys.stderr, flush=True)
 
     def _look(self) -> None:
-        self.bar.update(self.task, completed=self.count(), told=self.tell())
+        with suppress(OSError, ValueError, RayError):  # it may be back in a moment, and the job tells better errors
+            self.bar.update(self.task, completed=self.count(), told=self.tell())
 
     def _line(self) -> str:
         task = self.bar.tasks[0]

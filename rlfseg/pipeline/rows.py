@@ -98,6 +98,23 @@ def _unpacked(chunk: pa.ListArray) -> Iterator[Row]:
         yield dict(pickle.loads(parts[first], buffers=parts[first + 1 : last]))  # noqa: S301
 
 
+def runs(rows: Rows, weigh: Callable[[Row], int], most: int) -> Iterator[Rows]:
+    """Rows in order, as many together as weigh no more than `most`; one that weighs more is alone."""
+    start = weight = 0
+    for n, row in enumerate(rows):
+        weight += (own := weigh(row))
+        if weight > most and n > start:
+            yield rows[start:n]
+            start, weight = n, own
+    if rows:
+        yield rows[start:]
+
+
+def score_bytes(resolution: int, row: Row) -> int:
+    """What the networks make of a loaded row: scores of each of its `captions` in their own frame, in bytes."""
+    return 4 * len(row.get("captions", ())) * resolution**2
+
+
 class Attempts:
     """Notes on disk of what is being worked on, so that a sample that kills its process is found out.
 

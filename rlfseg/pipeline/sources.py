@@ -5,8 +5,10 @@ Both number the same samples in the same order, that of a hash of their ids, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from rlfseg.backbone import Backbone
+from rlfseg.backbone import Backbone, count_cut
 from rlfseg.config import TrainConfig
 from rlfseg.errors import ConfigError, DataError
 from rlfseg.hdf5 import id_hash
@@ -49,7 +51,7 @@ class Source(Protocol):
         counts: Phrases of each sample that are not empty, int64 [n].
         has_refined: Whether any phrase has a refined label.
         phrase_bytes: Size of a phrase's row on its way.
-        by_file: Whether a reader reads whole files, so that phrases of the same files are best read by one.
+        by_file: Whether samples lie in files, of which one reader best reads what lies together.
         fingerprint: Changes when the data does.
     """
 
@@ -136,7 +138,7 @@ class Latents:
         _require_phrases(self.counts, folder)
 
     def reader(self, phrases: Sequence[Phrase]) -> Callable[[], Iterator[pa.Table]]:
-        """Columns of LATENTS, as float16; reads every file that it needs once and holds them all."""
+        """Columns of LATENTS, as float16; reads every row group that it needs once and holds them all."""
         places = [(*self.places[n], self.askable[n][k]) for n, k in phrases]
         return partial(_read_latents, places, max(1, BLOCK_BYTES // self.phrase_bytes))
 
@@ -167,16 +169,31 @@ def _holds_any(path: Path, column: str) -> bool:
 
 def _read_latents(places: Sequence[Place], block: int) -> Iterator[pa.Table]:
     columns = ["id", "captions", "shape", "z1", "z0", "z0_refined"]
-    files = {path: pq.read_table(path, columns=columns) for path in sorted({path for path, _, _ in places})}
+    wanted: dict[str, set[int]] = {}
+    for path, n, _ in places:
+        wanted.setdefault(path, set()).add(n)
+    files = {path: _read_rows(path, wanted[path], columns) for path in sorted(wanted)}
 
     def row(path: str, n: int, k: int) -> Row:
-        sample = {name: files[path][name][n] for name in columns}
+        table, at = files[path]
+        sample = {name: table[name][at[n]] for name in columns}
         of_phrase = {"caption": sample["captions"][k], **{name: sample[name][k] for name in ("z0", "z0_refined")}}
         values = {"shape": sample["shape"], "z1": sample["z1"], **of_phrase}
         return {"id": f"{sample['id']}#{k}"} | {name: value.as_py() for name, value in values.items()}
 
     for n in range(0, len(places), block):
         yield pa.Table.from_pylist([row(*place) for place in places[n : n + block]], schema=LATENTS)
+
+
+def _read_rows(path: str, rows: set[int], columns: list[str]) -> tuple[pa.Table, dict[int, int]]:
+    """The row groups that hold these rows of a file, and where in them each row is."""
+    with pq.ParquetFile(path) as file:
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)]
+        starts = [0, *accumulate(sizes)]
+        groups = sorted({bisect_right(starts, row) - 1 for row in rows})
+        table = file.read_row_groups(groups, columns=columns)
+    there = [row for n in groups for row in range(starts[n], starts[n + 1])]
+    return table, {row: n for n, row in enumerate(there)}
 
 
 class Pixels:
@@ -255,6 +272,18 @@ def _masks(data: Sequence[bytes], side: int) -> Tensor:
     """[B, 3, R, R] in {-1, 1}, as `mask_to_tensor` gives them."""
     flat = np.frombuffer(b"".join(data), np.uint8).reshape(-1, 1, side, side).copy()
     return (torch.from_numpy(flat).float() * 2 - 1).expand(-1, 3, -1, -1)
+
+
+def odd_phrases(captions: Iterable[list[str]], base: Path) -> list[str]:
+    """What of the captions of some samples is not learnt as it is written, as lines for the user; `base`: a folder."""
+    phrases = [caption for own in captions for caption in own]
+    said = [p for p in phrases if p.strip()]
+    cut = count_cut(base, said)
+    notes = {
+        f"{len(phrases) - len(said)} empty phrases were left out": len(phrases) > len(said),
+        f"{cut} phrases are longer than the text encoder takes; it saw only their beginnings": cut,
+    }
+    return [note for note, is_so in notes.items() if is_so]
 
 
 def _askable(captions: list[list[str]]) -> tuple[list[list[int]], NDArray[np.int64]]:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,15 +30,16 @@ from ray.data.datasource import Datasource, ReadTask
 
 from rlfseg.config import WorkersConfig
 from rlfseg.errors import BadSample, DataError, RlfsegError
-from rlfseg.pipeline.causes import full_disk, our_cause
-from rlfseg.pipeline.cluster import check_budget, check_nodes, connect, cpus_needed, nodes, where
+from rlfseg.pipeline.causes import full_disk, full_gpu, our_cause
+from rlfseg.pipeline.cluster import check_budget, check_nodes, connect, cpus_needed, hide_unreserved_gpus, nodes, where
 from rlfseg.pipeline.folders import alone, begin, finish, read_table, require_finished, unclaim, unseen
 from rlfseg.pipeline.progress import Progress
-from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, reason, unpack
+from rlfseg.pipeline.rows import OK, Attempts, Row, RowByRow, Rows, Work, pack, reason, runs, unpack
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 # A task is so large a part of a worker's share: of all rows, which a kill may cost, and of those that are left
 OF_ALL, OF_THE_REST = 16, 4
+CALL_BYTES = 2**30  # most that a call of the work gives; it goes through Ray's object store in one piece
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class Stage:
         identity: Whatever changes the result; another identity in the same folder is refused.
         unit: What a row is, in the plural.
         largest_task: Most rows that a worker does before they are on disk.
+        row_group: Rows that are read together from a file of the output; None: all of them.
+        weigh: Picklable, a loaded row -> bytes that the work makes of it; None: they are few.
         on_error: `stop` or `skip`.
         finalize: Called when all rows are written and before the folder counts as whole; may correct the counts, and
             add `figures` and `notes` for the Summary.
@@ -80,6 +83,8 @@ class Stage:
     arithmetic: str = ""
     unit: str = "images"
     largest_task: int = 256
+    row_group: int | None = None
+    weigh: Callable[[Row], int] | None = None
     on_error: str = "stop"
     finalize: Callable[[Row], Row] = lambda counts: counts
 
@@ -123,7 +128,7 @@ def run_stage(stage: Stage) -> Summary:
     connect()
     cpus, gpus = cpus_needed(stage.run, bool(stage.finish)), stage.run.workers * stage.gpus
     check_budget(stage.name, cpus, gpus, lower="its workers, loaders, cpus or gpus")
-    check_nodes(stage.name, {"cpus": stage.run.cpus, "gpus": stage.gpus, "memory_gb": stage.run.memory_gb})
+    check_nodes(stage.name, {"run.cpus": stage.run.cpus, "run.gpus": stage.gpus, "run.memory_gb": stage.run.memory_gb})
     with alone(stage.out):
         count = Committed(stage.out)
         before = count()
@@ -140,11 +145,23 @@ def _work_off(stage: Stage, count: Committed) -> None:
         Attempts(notes).forgive()
     with Progress(stage.name, total=stage.rows.num_rows, count=count, unit=stage.unit):
         try:
-            _pipeline(stage).write_parquet(str(stage.out / "data"), write_page_checksum=True)  # for `verify`
+            _written(stage, _pipeline(stage))
         except Exception as error:  # noqa: BLE001 -- raised again: Ray wraps ours in its own; the user must see the cause
             ours = our_cause(error)
             unclaim(stage.out, ours, count)
-            raise ours or full_disk(error, stage.out) or error from None
+            raise ours or full_disk(error, stage.out) or full_gpu(error, stage.out) or error from None
+
+
+def _written(stage: Stage, rows: Dataset) -> None:
+    # Blocks may hold a few rows each, where pixels or scores are many. Where a GPU makes them in no time they wait for
+    # each other; on a CPU, where a row may take a minute, each block is safe at once
+    together = largest_task(stage.rows.num_rows, stage.run, stage.largest_task) if stage.gpus else 0
+    rows.write_parquet(
+        str(stage.out / "data"),
+        min_rows_per_file=together or None,
+        row_group_size=stage.row_group,
+        write_page_checksum=True,  # for `verify`
+    )
 
 
 def _pipeline(stage: Stage) -> Dataset:
@@ -173,7 +190,7 @@ def _pipeline(stage: Stage) -> Dataset:
             "make": stage.work,
             "kwargs": stage.kwargs,
             "workers": -(-run.workers // nodes()),
-            "step": step("work", last=stage.finish is None),
+            "step": step("work", last=stage.finish is None) | {"weigh": stage.weigh},
         },
         compute=ActorPoolStrategy(size=run.workers),
         num_cpus=run.cpus,
@@ -206,12 +223,17 @@ def split(rows: pa.Table, run: WorkersConfig, largest: int) -> list[pa.Table]:
         All rows, in order.
     """
     parts, start, workers = list[pa.Table](), 0, max(run.workers, run.loaders)
-    largest = min(largest, rows.num_rows // (OF_ALL * workers))
+    largest = largest_task(rows.num_rows, run, largest)
     while start < rows.num_rows:
         share = min(largest, (rows.num_rows - start) // (OF_THE_REST * workers))
         parts.append(rows.slice(start, max(1, share // run.batch_size) * run.batch_size).combine_chunks())
         start += parts[-1].num_rows
     return parts
+
+
+def largest_task(rows: int, run: WorkersConfig, largest: int) -> int:
+    """Rows of a task while many are left, of so many in all; 0 where a task is a batch."""
+    return min(largest, rows // (OF_ALL * max(run.workers, run.loaders)))
 
 
 class IndexDatasource(Datasource):
@@ -249,17 +271,32 @@ class Step:
         name: Of the step, for its notes on what is being worked on.
         schema: Columns to write; None: rows go on to another step.
         stop: Whether a refused row ends the job.
+        weigh: A row -> bytes that the work makes of it; a call of the work gives at most CALL_BYTES.
     """
 
-    def __init__(self, work: Work, *, stage: str, out: Path, name: str, schema: pa.Schema | None, stop: bool):
-        self.work, self.stage, self.out, self.schema, self.stop = work, stage, out, schema, stop
+    def __init__(
+        self,
+        work: Work,
+        *,
+        stage: str,
+        out: Path,
+        name: str,
+        schema: pa.Schema | None,
+        stop: bool,
+        weigh: Callable[[Row], int] | None = None,
+    ):
+        self.work, self.stage, self.out, self.schema, self.stop, self.weigh = work, stage, out, schema, stop, weigh
         self.attempts = Attempts(out / "_attempts" / name)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         """Index rows or packed rows in; packed rows or columns of `schema` out, in another order."""
         if blind := unseen(self.out):
             raise blind
         rows = unpack(table)
+        for part in runs(rows, self.weigh, CALL_BYTES) if self.weigh else [rows]:
+            yield self._worked(part)
+
+    def _worked(self, rows: Rows) -> pa.Table:
         waiting = [row for row in rows if row.get("status", OK) == OK]
         done = [row for row in rows if row.get("status", OK) != OK] + self.attempts.guard(self.work, waiting)
         check_rows(self.stage, [row["id"] for row in rows], done)
@@ -276,6 +313,7 @@ class _Actor:
 
     def __init__(self, make: Callable[..., Work], kwargs: Row, workers: int, step: Row):
         keep_freed_memory()
+        hide_unreserved_gpus()
         self.step: Step | RlfsegError
         try:
             self.step = Step(make(**kwargs), **step)
@@ -284,10 +322,10 @@ class _Actor:
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))  # of this node; Ray allows one
 
-    def __call__(self, table: pa.Table) -> pa.Table:
+    def __call__(self, table: pa.Table) -> Iterator[pa.Table]:
         if isinstance(self.step, RlfsegError):
             raise self.step
-        return self.step(table)
+        yield from self.step(table)
 
 
 def keep_freed_memory() -> None:

@@ -8,7 +8,6 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,12 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchTrainer
 
 from rlfseg import adapter, draw, tracking
-from rlfseg.backbone import count_cut
 from rlfseg.config import TrainConfig, as_dict, without_passwords
 from rlfseg.errors import ConfigError, ModelError, ResourceError, RlfsegError
 from rlfseg.hub import resolve_base
 from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
-from rlfseg.pipeline.cluster import arithmetic, check_budget, connect, nodes, where
+from rlfseg.pipeline.cluster import arithmetic, check_budget, check_nodes, connect, lacks, nodes, where
 from rlfseg.pipeline.folders import (
     STARTED,
     alone,
@@ -42,7 +40,7 @@ from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, latest, re
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
-from rlfseg.pipeline.sources import Source, open_source
+from rlfseg.pipeline.sources import Source, odd_phrases, open_source
 from rlfseg.pipeline.stages import Summary
 from rlfseg.training import PROGRESS, STATE, binding
 
@@ -90,10 +88,8 @@ def run(config: TrainConfig) -> Summary:
         return _summary(out, require_finished(out), 0.0, resumed=phrases)
     with alone(out):
         connect()
-        least = config.min_workers or config.workers
-        # a worker's reader takes one more CPU, and the one that leads them all takes one
-        cpus, gpus = least * (config.cpus + 1) + 1, least if _use_gpu(config) else 0
-        check_budget("train", cpus, gpus, lower="workers, min_workers or cpus")
+        check_budget("train", *_needs(config), lower="workers, min_workers or cpus")
+        check_nodes("train", {"cpus": config.cpus})
         store = _ready_store(config, out, state)
         before = store.newest_step()
         with _tracked(config, out) as recorded:
@@ -120,11 +116,15 @@ def _train(job: Job, store: Store, recorded: tracking.Run) -> Row:
     def done() -> int:
         return int(latest(job.out).get("step", 0))
 
-    def loss() -> str:
+    needs = _needs(job.config)
+
+    def tell() -> str:
+        if short := lacks(*needs):  # with min_workers; else the training would have failed
+            return f"waiting: it needs {short}"
         row = latest(job.out)
         return f"loss {row['loss']:.4f}" if "loss" in row else ""
 
-    with Progress("train", total=job.total_steps, count=done, unit="steps", tell=loss):
+    with Progress("train", total=job.total_steps, count=done, unit="steps", tell=tell):
         listed = _fit(job, store)
     counts = _publish(job, store, recorded)
     store.sweep(listed)
@@ -155,18 +155,6 @@ def _require_same(store: Store, note: Path) -> None:
             f"storage: {store.shown} holds no checkpoint of this training, which kept them in {known}; give that, or "
             f"copy {store.name} from there, or give another `out` to train anew"
         )
-
-
-def odd_phrases(captions: Iterable[list[str]], base: Path) -> list[str]:
-    """What of the captions of some samples is not learnt as it is written, as lines for the user; `base`: a folder."""
-    phrases = [caption for own in captions for caption in own]
-    said = [p for p in phrases if p.strip()]
-    cut = count_cut(base, said)
-    notes = {
-        f"{len(phrases) - len(said)} empty phrases were left out": len(phrases) > len(said),
-        f"{cut} phrases are longer than the text encoder takes; it saw only their beginnings": cut,
-    }
-    return [note for note, is_so in notes.items() if is_so]
 
 
 def _notes(job: Job, source: Source, base: Path, steps: int) -> list[str]:
@@ -376,6 +364,12 @@ def _tracked(config: TrainConfig, out: Path) -> tracking.Run:
                 recorded.uri,
             )
     return recorded
+
+
+def _needs(config: TrainConfig) -> tuple[float, float]:
+    """CPUs and GPUs without which it can't go on: a worker's reader takes one CPU more, what leads them all one."""
+    least = config.min_workers or config.workers
+    return least * (config.cpus + 1) + 1, least if _use_gpu(config) else 0
 
 
 def _use_gpu(config: TrainConfig) -> bool:

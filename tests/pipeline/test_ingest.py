@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 from rlfseg.backbone import Backbone
 from rlfseg.config import ASSETS, BackboneConfig, TrainConfig
 from rlfseg.hdf5 import id_hash
-from rlfseg.pipeline import encode, ingest
+from rlfseg.pipeline import encode, ingest, sources
 from rlfseg.pipeline.folders import weights, write_json
 from rlfseg.pipeline.ingest import GROUP, WINDOW, PhraseSource, batches, plan, steps_per_epoch
 from rlfseg.pipeline.rows import OK, refused
@@ -199,13 +200,13 @@ def test_an_epoch_reads_each_file_once_but_at_the_ends_of_lanes(
     monkeypatch.setattr(ingest, "WINDOW", 3)
     source = open_source(settings(write_latents(tmp_path / "latents", [4] * 24, [2, 3]), workers=lanes, batch=2))
     assert isinstance(source, Latents)
-    read, reads = pq.read_table, list[list[str]]()
+    read, reads = sources._read_rows, list[list[str]]()
 
-    def counted(path: str, **options: object) -> pa.Table:
+    def counted(path: str, *others: Any) -> Any:
         reads[-1].append(path)
-        return read(path, **options)
+        return read(path, *others)
 
-    monkeypatch.setattr(pq, "read_table", counted)
+    monkeypatch.setattr(sources, "_read_rows", counted)
     for rank in range(world):
         order = plan(source.counts, seed=1, epoch=0, lanes=lanes, batch=2, rank=rank, world=world)
         rows = list[str]()
@@ -219,16 +220,31 @@ def test_an_epoch_reads_each_file_once_but_at_the_ends_of_lanes(
     assert 24 <= of_epoch <= (24 + 3 * (lanes - 1)) * lanes // world
 
 
-def test_files_read_in_an_epoch_of_phrasecut() -> None:
-    """The figures of docs/scaling.md."""
+@given(size=st.integers(1, 30), group=st.integers(1, 9), data=st.data())
+def test_of_a_file_no_more_is_read_than_the_row_groups_that_are_needed(
+    tmp_path_factory: pytest.TempPathFactory, size: int, group: int, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("file") / "a.parquet"
+    pq.write_table(pa.table({"n": range(size), "of": [[n] * 2 for n in range(size)]}), path, row_group_size=group)
+    rows = data.draw(st.sets(st.integers(0, size - 1), min_size=1))
+    table, at = sources._read_rows(str(path), rows, ["n", "of"])
+    assert {n: (table["n"][at[n]].as_py(), table["of"][at[n]].as_py()) for n in rows} == {n: (n, [n, n]) for n in rows}
+    assert set(table["n"].to_pylist()) == {n for n in range(size) if {n // group} & {row // group for row in rows}}
+
+
+def test_latents_read_in_an_epoch_of_phrasecut() -> None:
+    """The figures of docs/scaling.md: row groups, which are of encode's whole batches whatever the files."""
     images, phrases = 71_746, 310_816
     counts = 1 + np.random.default_rng(0).multinomial(phrases - images, np.ones(images) / images)
-    files = -(-images // GROUP)
+    groups = -(-images // encode.ROW_GROUP)
     for workers, most in ((1, 1.0), (8, 1.25), (64, 3.0)):
         orders = [
-            plan(counts, seed=42, epoch=0, lanes=workers, batch=8, rank=r, world=workers)[:, 0] // GROUP
-            for r in range(workers)
+            plan(counts, seed=42, epoch=0, lanes=workers, batch=8, rank=r, world=workers)[:, 0] for r in range(workers)
         ]
-        parts = [len(np.unique(part)) for order in orders for part in np.split(order, ingest._cuts(order, WINDOW))]
-        print(f"{workers} workers: {sum(parts)} files read, {sum(parts) / files:.2f} times all {files}")
-        assert sum(parts) <= most * files
+        parts = [
+            len(np.unique(part // encode.ROW_GROUP))
+            for order in orders
+            for part in np.split(order, ingest._cuts(order // GROUP, WINDOW))
+        ]
+        print(f"{workers} workers: {sum(parts)} row groups read, {sum(parts) / groups:.2f} times all {groups}")
+        assert sum(parts) <= most * groups

@@ -5,22 +5,23 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 
 from rlfseg import images
-from rlfseg.config import PredictConfig, SamplingConfig, WorkersConfig
+from rlfseg.config import PredictConfig, SamplingConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.errors import BadSample, ConfigError
-from rlfseg.pipeline.predict import Finish, Load, Predictor, _fitting, _most_phrases, _phrases
-from rlfseg.pipeline.rows import Row, RowByRow, Rows
+from rlfseg.pipeline.predict import Finish, Load, Predictor, _phrases
+from rlfseg.pipeline.rows import Row, RowByRow, Rows, runs, score_bytes
+from rlfseg.pipeline.stages import CALL_BYTES
 from rlfseg.results import Result, Square
 from rlfseg.segmenter import Segmenter
 
@@ -43,9 +44,9 @@ def read(row: Row) -> tuple[Array, list[str]]:
     return picture(int(row["id"])), PHRASES[int(row["id"])]
 
 
-def steps(segmenter: Segmenter, finish: Finish, *, keep: bool = False, **settings: Any) -> Rows:
+def steps(segmenter: Segmenter, finish: Finish, **settings: Any) -> Rows:
     rows: Rows = [{"id": str(n)} for n in range(len(SIZES))]
-    loaded = RowByRow(Load(read, segmenter.backbone.resolution, keep=keep))(rows)
+    loaded = RowByRow(Load(read, segmenter.backbone.resolution))(rows)
     return RowByRow(finish)(Predictor(segmenter=segmenter, **settings)(loaded))
 
 
@@ -84,29 +85,27 @@ def test_what_is_sent_on_is_no_larger_than_the_scores(segmenter: Segmenter) -> N
 
 
 @pytest.mark.parametrize(
-    ("batch", "phrases", "side", "fit"),
+    ("phrases", "side", "calls"),
     [
-        (8, 80, 512, 8),
-        (8, 128, 512, 8),
-        (8, 129, 512, 7),
-        (8, 1203, 512, 1),
-        (8, 1203, 64, 8),
-        (1, 9999, 512, 1),
-        (4, 0, 512, 4),
+        ([80] * 8, 512, [8]),
+        ([128] * 8, 512, [8]),  # 1 GiB to the byte
+        ([129] * 8, 512, [7, 1]),
+        ([1203] * 3, 512, [1, 1, 1]),
+        ([1203] * 8, 64, [8]),
+        ([1, 2, 0, 1203, 4, 1], 512, [3, 1, 2]),  # one picture makes no other's call smaller
+        ([0, 0], 512, [2]),
+        ([], 512, []),
     ],
 )
-def test_a_call_takes_fewer_pictures_of_very_many_phrases(batch: int, phrases: int, side: int, fit: int) -> None:
-    workers, notes = _fitting(WorkersConfig(workers=3, batch_size=batch), phrases, side)
-    assert (workers.workers, workers.batch_size) == (3, fit)
-    assert [n[:17] for n in notes] == ([f"run.batch_size: {fit}"] if fit < batch else [])
-    if phrases == 1203 and fit == 1:
-        assert "8 pictures with 1203 phrases have 9.4 GiB" in notes[0]
+def test_a_call_gives_at_most_a_gigabyte_of_scores(phrases: list[int], side: int, calls: list[int]) -> None:
+    rows: Rows = [{"id": str(n), "captions": ["x"] * count} for n, count in enumerate(phrases)]
+    parts = list(runs(rows, partial(score_bytes, side), CALL_BYTES))
+    assert [len(part) for part in parts] == calls
+    assert [row for part in parts for row in part] == rows
 
 
-def test_each_picture_may_have_phrases_of_its_own() -> None:
-    own = pa.table({"id": ["a", "b", "c"], "captions": [["x"], ["x", "y", "z"], []]})
-    assert _most_phrases(own, ["x"]) == 4
-    assert _most_phrases(own.select(["id"]), ["x"]) == 1
+def test_a_refused_row_has_no_scores() -> None:
+    assert score_bytes(512, {"id": "a", "status": "refused: damaged"}) == 0
 
 
 # --- failures ------------------------------------------------------------------------------------------------------
@@ -179,7 +178,7 @@ def test_phrases_by_list_and_by_file(tmp_path: Path) -> None:
 
 
 def test_pngs_and_overlays(segmenter: Segmenter, tmp_path: Path) -> None:
-    rows = steps(segmenter, Finish(0.5, png=tmp_path / "png", overlays=tmp_path / "overlays"), keep=True)
+    rows = steps(segmenter, Finish(0.5, png=tmp_path / "png", overlays=tmp_path / "overlays", read=read))
     assert sorted(p.name for p in (tmp_path / "overlays").iterdir()) == [f"{n}.png" for n in range(5)]
     for n, row in enumerate(rows):
         pngs = sorted((tmp_path / "png" / str(n)).glob("*.png")) if PHRASES[n] else []

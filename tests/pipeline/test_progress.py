@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from rich.progress import Task
 
 from rlfseg.pipeline.progress import Progress, _Speed
@@ -92,3 +93,23 @@ def test_rows_that_come_minutes_apart_have_a_speed_and_a_time_to_go() -> None:
 
 def test_two_workers_that_come_together_are_no_burst_of_speed() -> None:
     assert line_after((240, 24), (241, 32)).endswith("0.066 images/s, 1:36:24 to go")
+
+
+def test_a_folder_that_fails_for_a_moment_ends_no_line_and_hides_no_error() -> None:
+    looks = iter([5, OSError("stale handle"), 7, OSError("gone")])
+
+    def count() -> int:
+        found = next(looks)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    progress = Progress("predict", total=10, count=count, every=1000)
+    done = [progress.bar.tasks[0].completed]
+    for _ in range(2):
+        progress._look()
+        done.append(progress.bar.tasks[0].completed)
+    assert done == [5, 5, 7]
+    with pytest.raises(KeyError, match="its own"), progress:
+        raise KeyError("its own")
+    assert progress.bar.tasks[0].completed == 7

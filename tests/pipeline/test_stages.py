@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ray.data import DataContext
 from rlfseg.config import PredictConfig, RefineConfig, SamConfig, WorkersConfig
 from rlfseg.errors import BadSample, ConfigError, DataError, ResourceError
 from rlfseg.pipeline import cluster, predict, refine, stages
+from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.rows import OK
 from rlfseg.pipeline.stages import Stage, run_stage
 from tests.pipeline.works import (
@@ -34,11 +36,13 @@ from tests.pipeline.works import (
     PaintLast,
     Slow,
     Together,
+    TooLarge,
     Unmade,
     as_it_is,
     deadly_count,
     paint,
     truth,
+    weight_of_its_number,
 )
 
 pytestmark = [pytest.mark.usefixtures("ray"), pytest.mark.timeout(1800)]
@@ -216,7 +220,6 @@ def sent(monkeypatch: pytest.MonkeyPatch, module: Any, config: Any) -> Stage:
 def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from rlfseg.hdf5 import build_index, write_shard
     from rlfseg.hdf5.samples import Labelled, Sample
-    from rlfseg.pipeline.folders import begin, finish
 
     out = tmp_path_factory.mktemp("samples")
     begin(out, {})
@@ -258,6 +261,51 @@ def test_models_are_made_in_the_actor_and_a_missing_gpu_is_told(
     assert cluster.gpus_per_worker(WorkersConfig(gpus=0.5), "cuda") == 0.5
     with pytest.raises(ResourceError, match=r"run\.gpus is 0\.0"):
         cluster.gpus_per_worker(WorkersConfig(gpus=0), "cuda")
+
+
+@pytest.mark.parametrize(("given", "seen"), [([], ""), (["3"], "all of the node")])
+def test_an_actor_to_which_ray_gave_no_gpu_makes_its_work_where_none_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], seen: str
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all of the node")
+    context = SimpleNamespace(get_accelerator_ids=lambda: {"GPU": given})
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: context)
+    threads, there = torch.get_num_threads(), list[str]()
+    step = {"stage": "x", "out": tmp_path, "name": "work", "schema": None, "stop": True}
+    stages._Actor(lambda: there.append(os.environ["CUDA_VISIBLE_DEVICES"]), {}, 1, step)
+    torch.set_num_threads(threads)
+    assert there == [seen]
+
+
+def test_a_full_gpu_is_told_in_a_line_and_the_stage_goes_on(tmp_path: Path) -> None:
+    with pytest.raises(ResourceError, match=r"a GPU's memory is full; lower fast\.max_batch .* or run\.batch_size"):
+        run_stage(stage(tmp_path / "out", 3, work=TooLarge))
+    assert run_stage(stage(tmp_path / "out", 3)).rows_out == 3
+
+
+def test_a_batch_is_cut_where_the_work_would_give_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    eight = WorkersConfig(batch_size=8)
+    heavy = stage(tmp_path / "out", 8, work=Together, run=eight, weigh=weight_of_its_number)
+    assert run_stage(heavy).rows_out == 8
+    # 0, 1, 2 and 3 weigh 1.5 GiB together, 0 to 2 three quarters of one, 3 that alone
+    assert values(tmp_path / "out") == {"0": 0, "1": 0, "2": 0, "3": 3, "4": 4, "5": 5, "6": 6, "7": 7}
+
+
+@pytest.mark.parametrize(("gpus", "most"), [(0, 64), (1, 16)])
+def test_where_a_gpu_works_blocks_of_a_row_make_files_of_a_task(tmp_path: Path, gpus: int, most: int) -> None:
+    small = stage(tmp_path / "out", 64, run=WorkersConfig(batch_size=1), row_group=3)
+    begin(small.out, small.identity)
+    rows = stages._pipeline(small)
+    rows.context.target_max_block_size = 1
+    stages._written(replace(small, gpus=gpus), rows)
+    files = [pq.read_metadata(path) for path in (tmp_path / "out" / "data").glob("*.parquet")]
+    assert sum(file.num_rows for file in files) == 64
+    assert len(files) <= most
+    if gpus:
+        assert sorted(file.num_rows for file in files)[1] >= 4  # all but the last
+    else:
+        assert len(files) > 16
+    assert all(file.row_group(n).num_rows <= 3 for file in files for n in range(file.num_row_groups))
 
 
 def test_an_error_in_the_making_of_the_work_is_one_of_ours_and_claims_no_folder(tmp_path: Path) -> None:

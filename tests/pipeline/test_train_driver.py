@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
 from rlfseg.config import BackboneConfig, LoraConfig, TrackingConfig, TrainConfig, as_dict
 from rlfseg.datasets.shapes import draw_scene
-from rlfseg.errors import ConfigError, DataError
+from rlfseg.errors import ConfigError, DataError, ResourceError
 from rlfseg.hdf5 import Labelled, Sample, build_index, write_shard
-from rlfseg.pipeline import loop, train
+from rlfseg.pipeline import cluster, loop, train
 from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.loop import CURVE, Job, latest
@@ -46,7 +48,9 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
         raise Ready(job, store)
 
     monkeypatch.setattr(train, "connect", lambda: None)
-    monkeypatch.setattr(train, "check_budget", lambda *_, **__: None)
+    for name in ("check_budget", "check_nodes"):
+        monkeypatch.setattr(train, name, lambda *_, **__: None)
+    monkeypatch.setattr(train, "lacks", lambda *_: "")
     monkeypatch.setattr("ray.nodes", list)
     monkeypatch.setattr(train, "_fit", ready)
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
@@ -282,3 +286,44 @@ def test_the_last_whole_row_is_read_from_the_end(tmp_path: Path, monkeypatch: py
     assert latest(tmp_path) == rows[-1]
     os.truncate(curve, len('{"step": 0, "loss'))
     assert latest(tmp_path) == {}
+
+
+# --- fewer nodes than it needs ------------------------------------------------------------------------------------
+
+
+def test_what_a_cluster_lacks_is_told_while_an_elastic_training_waits(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    have, said = {"CPU": 9.0}, list[str]()
+    monkeypatch.setattr("ray.cluster_resources", lambda: have)
+    monkeypatch.setattr(train, "lacks", cluster.lacks)
+    backbone = replace(TINY, device="cuda")
+    config = settings(samples, tmp_path / "out", backbone=backbone, min_workers=1, cpus=3)
+    assert train._needs(config) == (5, 1)
+    assert train._needs(replace(config, workers=8, min_workers=None)) == (33, 8)
+
+    class Watched:
+        def __init__(self, *_: object, tell: Callable[[], str], **__: object):
+            self.tell = tell
+
+        def __enter__(self) -> None:
+            said.append(self.tell())
+            have["GPU"] = 1.0  # a node has come
+            said.append(self.tell())
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(train, "Progress", Watched)
+    started(config)
+    assert said == ["waiting: it needs 1 GPUs and this Ray has 0", ""]
+
+
+def test_a_worker_larger_than_any_node_is_refused(
+    samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "check_nodes", cluster.check_nodes)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    with pytest.raises(ResourceError, match=r"^train: cpus: 16 for each process, and no node has more than 8$"):
+        train.run(settings(samples, tmp_path / "out", cpus=16))
+    started(settings(samples, tmp_path / "out", cpus=8))
