@@ -80,8 +80,9 @@ class WorkersConfig:
     batch_size: PositiveInt = 8
     """Images a call."""
     memory_gb: Positive = 0.5
-    """Memory that each loader reserves, in GiB. A picture of 20 megapixels takes 0.3, one of 64 takes 0.9; overlays of
-    20 megapixels take 0.5, and 0.06 more for each phrase beyond the first."""
+    """Memory that each loader reserves, in GiB. `predict`: a picture of 20 megapixels takes 0.3, one of 64 takes 0.9;
+    overlays of 20 megapixels take 0.5, and 0.06 more for each phrase beyond the first. Where labels are read: twice
+    batch_size pictures with all their masks."""
 
 
 @dataclass(config=STRICT, frozen=True, kw_only=True)
