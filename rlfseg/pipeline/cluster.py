@@ -17,7 +17,7 @@ NODES_HAVE = {"cpus": ("CPU", 1), "gpus": ("GPU", 1), "memory_gb": ("memory", 2*
 
 
 def connect() -> None:
-    """Joins the Ray that $RAY_ADDRESS names (ResourceError for a job server), or starts one of 8 CPUs or more here."""
+    """Joins the Ray that $RAY_ADDRESS names (ResourceError where that fails), or starts one of 8 CPUs or more here."""
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
@@ -26,7 +26,13 @@ def connect() -> None:
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would tell how to undo that
         here: dict[str, Any] = {} if remote else {"num_cpus": max(8, os.cpu_count() or 1), "include_dashboard": False}
-        ray.init(log_to_driver=False, configure_logging=False, **here)
+        try:
+            ray.init(log_to_driver=False, configure_logging=False, **here)
+        except (ConnectionError, RuntimeError) as error:  # nobody there; another version of Ray or Python
+            if not remote:
+                raise
+            told = " ".join(str(error).split())[:300]
+            raise ResourceError(f"RAY_ADDRESS: the Ray at {remote} can't be joined: {told}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else the cause arrives as a text only

@@ -340,3 +340,20 @@ def test_a_job_server_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RAY_ADDRESS", "http://head:8265")
     with pytest.raises(ResourceError, match=r"^RAY_ADDRESS: http://head:8265 is a job server, for `rlfseg submit`"):
         cluster.connect()
+
+
+@pytest.mark.parametrize("error", [ConnectionError("nobody\nthere"), RuntimeError("Version mismatch: Ray: 2.50.0")])
+def test_a_ray_that_cannot_be_joined_is_told_in_a_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(cluster.ray, "init", fails)
+    monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    told = " ".join(str(error).split())
+    with pytest.raises(ResourceError, match=rf"^RAY_ADDRESS: the Ray at 192\.0\.2\.1:6379 can't be joined: {told}$"):
+        cluster.connect()
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "x")
+    with pytest.raises(type(error)):
+        cluster.connect()
