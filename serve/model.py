@@ -19,6 +19,7 @@ from torch import Tensor
 from rlfseg import adapter
 from rlfseg.config import FastConfig, SamplingConfig, ServeConfig
 from rlfseg.errors import ModelError, RlfsegError
+from rlfseg.pipeline.cluster import hide_unreserved_gpus
 from serve.messages import Answer, Ask
 from serve.refusal import Refusal
 
@@ -153,6 +154,7 @@ class Model:
     """
 
     async def __init__(self, config: ServeConfig):  # type: ignore[misc]  # Serve awaits it
+        hide_unreserved_gpus()
         torch.set_num_threads(max(1, int(config.cpus)))
         if config.gpus and config.gpus < 1 and config.device != "cpu":
             torch.cuda.set_per_process_memory_fraction(config.gpus)  # Ray's fraction is bookkeeping only

@@ -150,7 +150,8 @@ class Attempts:
 
     def _alone(self, work: Work, row: Row, deaths: int) -> Row:
         if deaths > self.alone_deaths:
-            return refused(row, f"its process died {deaths} times while working on it")
+            fix = "if for want of memory, start into another `out` with more run.memory_gb or fewer loaders"
+            return refused(row, f"its process died {deaths} times while working on it; {fix}")
         return self._noted(work, [row], deaths + 1)[0]
 
     def _noted(self, work: Work, rows: Rows, deaths: int) -> Rows:
