@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,14 +119,12 @@ class SamModel:
         xy = torch.from_numpy(np.array(points, dtype=np.float32))
         xy = (xy + 0.5) * torch.tensor(embedding.scale) - 0.5  # pixel centres
         height, width = embedding.original_size
+        prompts: Any = logits if masks is None else masks
         at_once, parts = max(1, min(CHUNK, CHUNK_PIXELS // (height * width))), []
         for n in range(0, len(xy), at_once):
-            own = slice(n, n + at_once)
-            if masks is not None:
-                prompt = self.mask_prompt(masks[own])
-            else:
-                prompt = torch.from_numpy(np.array(logits)[own])[:, None]
-            parts.append([x.cpu().numpy() for x in self._decode(embedding, xy[own], prompt)])
+            own = prompts[n : n + at_once]
+            prompt = torch.from_numpy(np.array(own))[:, None] if masks is None else self.mask_prompt(own)
+            parts.append([x.cpu().numpy() for x in self._decode(embedding, xy[n : n + at_once], prompt)])
         full, low, iou = (np.concatenate(column) for column in zip(*parts, strict=True))
         return full, low, iou
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from errno import ENOSPC
 from pathlib import Path
@@ -11,6 +12,7 @@ from ray.exceptions import OutOfDiskError, RayTaskError
 from rlfseg.errors import ResourceError, RlfsegError
 
 ADVICE = "\nFailed to apply UDF transform after "  # Ray Data appends what may be set to try again, which doesn't help
+FULL_GPU = re.compile("CUDA.{0,20}out of memory")  # and not Ray's page on nodes that are out of memory
 
 
 def our_cause(error: BaseException | None) -> RlfsegError | None:
@@ -40,7 +42,7 @@ def full_disk(error: BaseException, out: Path) -> ResourceError | None:
 
 def full_gpu(error: BaseException, out: Path) -> ResourceError | None:
     """What to say where a GPU was too small for what a call had it do; who starts again may lower both settings."""
-    if any("out of memory" in str(e) for e in _causes(error)):
+    if any(FULL_GPU.search(str(e)) for e in _causes(error)):
         return ResourceError(
             f"{out}: a GPU's memory is full; lower fast.max_batch (where the command has it) or run.batch_size, or "
             "have fewer share it by run.gpus, and start again: what is written stays, and it goes on"

@@ -24,7 +24,7 @@ from ray.data import DataContext
 
 from rlfseg.config import PredictConfig, RefineConfig, SamConfig, WorkersConfig
 from rlfseg.errors import BadSample, ConfigError, DataError, ResourceError
-from rlfseg.pipeline import cluster, predict, refine, stages
+from rlfseg.pipeline import causes, cluster, predict, refine, stages
 from rlfseg.pipeline.folders import begin, finish
 from rlfseg.pipeline.rows import OK
 from rlfseg.pipeline.stages import Stage, run_stage
@@ -281,6 +281,11 @@ def test_a_full_gpu_is_told_in_a_line_and_the_stage_goes_on(tmp_path: Path) -> N
     with pytest.raises(ResourceError, match=r"a GPU's memory is full; lower fast\.max_batch .* or run\.batch_size"):
         run_stage(stage(tmp_path / "out", 3, work=TooLarge))
     assert run_stage(stage(tmp_path / "out", 3)).rows_out == 3
+    for told, is_so in (
+        ("CUDA error: out of memory", True),
+        ("how to address the out of memory issue of a node", False),
+    ):
+        assert bool(causes.full_gpu(RuntimeError(told), tmp_path)) == is_so
 
 
 def test_a_batch_is_cut_where_the_work_would_give_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
