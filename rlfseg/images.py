@@ -245,7 +245,7 @@ def rle_decode(counts: str | bytes | list[Any], size: tuple[int, int]) -> NDArra
     runs = _plain_runs(counts) if isinstance(counts, list) else _runs(counts)
     if runs is None or not 0 <= runs.min() <= runs.max() <= height * width or runs.sum() != height * width:
         raise DataError(f"RLE counts {counts[:40]!a} don't describe a mask of {height} x {width} pixels")
-    column_major: NDArray[np.uint8] = np.repeat(np.arange(runs.size) % 2, runs).astype(np.uint8)
+    column_major: NDArray[np.uint8] = np.repeat((np.arange(runs.size) % 2).astype(np.uint8), runs)
     return np.ascontiguousarray(column_major.reshape(width, height).T)
 
 
