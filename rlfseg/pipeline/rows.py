@@ -150,9 +150,7 @@ class Attempts:
 
     def _alone(self, work: Work, row: Row, deaths: int) -> Row:
         if deaths > self.alone_deaths:
-            fix = (
-                "if for want of memory, start into another `out` with fewer workers, or more run.memory_gb if it has it"
-            )
+            fix = "if for want of memory, start into another `out` with fewer workers or more run.memory_gb"
             return refused(row, f"its process died {deaths} times while working on it; {fix}")
         return self._noted(work, [row], deaths + 1)[0]
 
