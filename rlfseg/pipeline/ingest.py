@@ -25,7 +25,7 @@ from rlfseg.config import TrainConfig
 from rlfseg.pipeline.sources import Phrase, Source
 from rlfseg.training import Batch
 
-GROUP = 256  # samples that stay together, as `encode` puts them into one file
+GROUP = 256  # samples that stay together; `encode` writes neighbours near each other
 WINDOW = 8  # groups whose phrases are shuffled together
 TASK_BYTES = 128 * 2**20  # most that a task brings that reads sample by sample
 
@@ -101,7 +101,7 @@ def batches(
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = -1  # a validation between two steps may take as long as it likes
     own_lanes = len(range(rank, lanes, world))
-    # A task that reads whole files holds them while its phrases are used up, so there is one at a time; it reserves no
+    # A task that reads row groups holds them while its phrases are used up, so there is one at a time; it reserves no
     # CPU, for which the tasks of two ranks could wait for ever. So would any beside workers of whom Ray starts as many
     # as it has CPUs for.
     pace: Any = {"concurrency": 1, "num_cpus": 0} if source.by_file or config.min_workers else {}
@@ -119,7 +119,7 @@ class PhraseSource(Datasource):
     Args:
         source: Reads them.
         order: (sample, phrase) a row, int64 [m, 2].
-        groups: Most groups whose files a task holds at once, where the source reads whole files.
+        groups: Most groups of which a task holds the row groups at once, where the source reads those.
     """
 
     def __init__(self, source: Source, order: NDArray[np.int64], groups: int):
@@ -133,7 +133,7 @@ class PhraseSource(Datasource):
     def get_read_tasks(
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
-        """A task a window, which reads each of its files once; or one every TASK_BYTES, sample by sample."""
+        """A task a window, which reads each of its row groups once; or one every TASK_BYTES, sample by sample."""
         if self.source.by_file:
             cuts = _cuts(self.order[:, 0] // GROUP, self.groups)
         else:

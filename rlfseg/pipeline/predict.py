@@ -85,8 +85,7 @@ def run(config: PredictConfig) -> Summary:
             finish=Finish(
                 card.threshold if config.threshold is None else config.threshold,
                 png=out / "png" if config.png else None,
-                overlays=out / "overlays" if config.overlays else None,
-                read=pictures.read,
+                overlays=(out / "overlays", pictures.read) if config.overlays else None,
             ),
             schema=SCHEMA,
             out=out,
@@ -182,9 +181,8 @@ class Finish:
     Args:
         threshold: Score above which a pixel is mask.
         png: Folder for a PNG a mask; None: none.
-        overlays: Folder for an overlay a picture; None: none.
-        read: Index row -> picture and phrases; for overlays, whose picture is read again: photographs that went past
-            the networks would hold up a GPU.
+        overlays: Folder for an overlay a picture, and what reads an index row's picture again: photographs that went
+            past the networks would hold up a GPU; None: none.
     """
 
     def __init__(
@@ -192,10 +190,9 @@ class Finish:
         threshold: float,
         *,
         png: Path | None = None,
-        overlays: Path | None = None,
-        read: Callable[[Row], Asked] | None = None,
+        overlays: tuple[Path, Callable[[Row], Asked]] | None = None,
     ):
-        self.threshold, self.png, self.overlays, self.read = threshold, png, overlays, read
+        self.threshold, self.png, self.overlays = threshold, png, overlays
 
     def __call__(self, row: Row) -> Row:
         """Finishes one picture.
@@ -223,8 +220,9 @@ class Finish:
         good = [phrase for phrase in phrases if phrase["mask"] is not None]
         if phrases and not good:
             raise BadSample("the network gave NaN for every phrase", file="predict", sample=row["id"])
-        if self.overlays is not None and self.read is not None:
-            _save(self.overlays / f"{name}.png", _overlay(self.read(row["index"])[0], masks, good))
+        if self.overlays is not None:
+            folder, read = self.overlays
+            _save(folder / f"{name}.png", _overlay(read(row["index"])[0], masks, good))
         place = {"id": row["id"], "height": row["size"][0], "width": row["size"][1]}
         return place | {column: [phrase[one] for phrase in phrases] for column, one in NESTED.items()}
 

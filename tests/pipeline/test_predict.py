@@ -156,9 +156,10 @@ def test_scores_of_a_pictures_size_are_never_held_together(tmp_path: Path, monke
         Square(caption="x", score=torch.full((8, 8), 0.1 * n), gamma=0, clipped=False, truncated=False)
         for n in range(9)
     ]
-    row = {"id": "a", "size": (4, 6), "image": np.zeros((4, 6, 3), np.uint8), "squares": squares}
-    Finish(0.5, png=tmp_path / "png", overlays=tmp_path / "overlays")(row)
+    row = {"id": "0", "index": {"id": "0"}, "size": SIZES[0], "squares": squares}
+    Finish(0.5, png=tmp_path / "png", overlays=(tmp_path / "overlays", read))(row)
     assert most == 1
+    assert (tmp_path / "overlays" / "0.png").is_file()
 
 
 def test_phrases_by_list_and_by_file(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_phrases_by_list_and_by_file(tmp_path: Path) -> None:
 
 
 def test_pngs_and_overlays(segmenter: Segmenter, tmp_path: Path) -> None:
-    rows = steps(segmenter, Finish(0.5, png=tmp_path / "png", overlays=tmp_path / "overlays", read=read))
+    rows = steps(segmenter, Finish(0.5, png=tmp_path / "png", overlays=(tmp_path / "overlays", read)))
     assert sorted(p.name for p in (tmp_path / "overlays").iterdir()) == [f"{n}.png" for n in range(5)]
     for n, row in enumerate(rows):
         pngs = sorted((tmp_path / "png" / str(n)).glob("*.png")) if PHRASES[n] else []

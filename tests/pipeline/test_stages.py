@@ -288,11 +288,11 @@ def test_a_full_gpu_is_told_in_a_line_and_the_stage_goes_on(tmp_path: Path) -> N
         assert bool(causes.full_gpu(RuntimeError(told), tmp_path)) == is_so
 
 
-def test_a_batch_is_cut_where_the_work_would_give_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_is_cut_where_the_work_would_give_too_much(tmp_path: Path) -> None:
     eight = WorkersConfig(batch_size=8)
     heavy = stage(tmp_path / "out", 8, work=Together, run=eight, weigh=weight_of_its_number)
     assert run_stage(heavy).rows_out == 8
-    # 0, 1, 2 and 3 weigh 1.5 GiB together, 0 to 2 three quarters of one, 3 that alone
+    # 0 to 2 weigh three quarters of a GiB together, 3 as much again; from 4 on each weighs one or more
     assert values(tmp_path / "out") == {"0": 0, "1": 0, "2": 0, "3": 3, "4": 4, "5": 5, "6": 6, "7": 7}
 
 
