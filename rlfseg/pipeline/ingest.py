@@ -22,12 +22,21 @@ from ray.data.datasource import Datasource, ReadTask
 
 from rlfseg.backbone import Backbone
 from rlfseg.config import TrainConfig
+from rlfseg.pipeline.encode import ROW_GROUP
 from rlfseg.pipeline.sources import Phrase, Source
 from rlfseg.training import Batch
 
-GROUP = 256  # samples that stay together; `encode` writes neighbours near each other
 WINDOW = 8  # groups whose phrases are shuffled together
 TASK_BYTES = 128 * 2**20  # most that a task brings that reads sample by sample
+
+
+def group_size(lanes: int) -> int:
+    """Samples that stay together, since `encode` writes neighbours near each other.
+
+    From 8 lanes on, all windows of a step hold as many samples between them: of fewer workers' windows a lane of many
+    would have less than one, and read nearly all of it before its first step.
+    """
+    return max(ROW_GROUP, 256 * 8 // max(lanes, 8))
 
 
 def steps_per_epoch(counts: NDArray[np.int64], config: TrainConfig) -> int:
@@ -53,16 +62,16 @@ def plan(
     Returns:
         (sample, phrase) a row, int64 [m, 2]: step by step, in a step lane by lane.
     """
-    sequence = _sequence(counts, np.random.default_rng([seed, epoch]))
+    sequence = _sequence(counts, np.random.default_rng([seed, epoch]), group_size(lanes))
     steps = len(sequence) // (lanes * batch)
     lane = sequence[: lanes * steps * batch].reshape(lanes, steps, batch, 2)
     return lane[rank::world, start:].swapaxes(0, 1).reshape(-1, 2)
 
 
-def _sequence(counts: NDArray[np.int64], rng: np.random.Generator) -> NDArray[np.int64]:
+def _sequence(counts: NDArray[np.int64], rng: np.random.Generator, group: int) -> NDArray[np.int64]:
     """All phrases of an epoch, shuffled so that neighbours come from few groups."""
     samples = np.arange(len(counts))
-    groups = [samples[n : n + GROUP] for n in range(0, len(samples), GROUP)]
+    groups = [samples[n : n + group] for n in range(0, len(samples), group)]
     order = rng.permutation(len(groups))
     parts = []
     for n in range(0, len(order), WINDOW):
@@ -105,7 +114,7 @@ def batches(
     # CPU, for which the tasks of two ranks could wait for ever. So would any beside workers of whom Ray starts as many
     # as it has CPUs for.
     pace: Any = {"concurrency": 1, "num_cpus": 0} if source.by_file or config.min_workers else {}
-    ds = ray.data.read_datasource(PhraseSource(source, order, own_lanes * WINDOW), **pace)
+    ds = ray.data.read_datasource(PhraseSource(source, order, group_size(lanes), own_lanes * WINDOW), **pace)
     tables = ds.iter_batches(batch_size=config.batch_size, batch_format="pyarrow", prefetch_batches=2)
     ready = (source.batch(table, backbone) for table in tables)
     a_step = own_lanes * config.accumulate
@@ -119,12 +128,13 @@ class PhraseSource(Datasource):
     Args:
         source: Reads them.
         order: (sample, phrase) a row, int64 [m, 2].
+        group: Samples of a group.
         groups: Most groups of which a task holds the row groups at once, where the source reads those.
     """
 
-    def __init__(self, source: Source, order: NDArray[np.int64], groups: int):
+    def __init__(self, source: Source, order: NDArray[np.int64], group: int, groups: int):
         super().__init__()  # type: ignore[no-untyped-call]
-        self.source, self.order, self.groups = source, order, groups
+        self.source, self.order, self.group, self.groups = source, order, group, groups
 
     def estimate_inmemory_data_size(self) -> int | None:
         """Of all planned rows, in bytes."""
@@ -135,7 +145,7 @@ class PhraseSource(Datasource):
     ) -> list[ReadTask]:
         """A task a window, which reads each of its row groups once; or one every TASK_BYTES, sample by sample."""
         if self.source.by_file:
-            cuts = _cuts(self.order[:, 0] // GROUP, self.groups)
+            cuts = _cuts(self.order[:, 0] // self.group, self.groups)
         else:
             size = max(1, TASK_BYTES // self.source.phrase_bytes)
             cuts = list(range(size, len(self.order), size))
