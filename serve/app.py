@@ -25,7 +25,7 @@ from ray.serve.exceptions import RayServeException
 
 from rlfseg.config import LOOPBACK, ServeConfig, WorkersConfig
 from rlfseg.errors import ConfigError, ServiceError
-from rlfseg.pipeline.cluster import check_budget, gpus_per_worker, named_ray
+from rlfseg.pipeline.cluster import check_budget, gpus_per_worker, named_ray, start_ray
 from serve.catalog import Catalog
 from serve.front import Front
 from serve.guard import Keys
@@ -168,7 +168,7 @@ def _join_ray(config: ServeConfig) -> bool:
         ray.init()
         return False
     room = 8 + (config.max_replicas or config.replicas) + config.fronts  # logical: a batch beside the service
-    ray.init(
+    start_ray(
         num_cpus=max(room, os.cpu_count() or 1),
         # Batches need Ray's job server, which is its dashboard; without them there is none
         include_dashboard=config.batches.out is not None,

@@ -13,35 +13,58 @@ import ray
 from rlfseg.config import WorkersConfig
 from rlfseg.errors import ResourceError
 
+QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
 NODES_HAVE = {"cpus": ("CPU", 1), "gpus": ("GPU", 1), "memory_gb": ("memory", 2**30)}  # as Ray has it, and its unit
 
 
 def connect() -> None:
-    """Joins the Ray that $RAY_ADDRESS names (ResourceError where that fails), or starts one of 8 CPUs or more here."""
+    """Joins the Ray that $RAY_ADDRESS names, or starts one of 8 CPUs or more here; ResourceError where that fails."""
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it logs what it raises
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
-        remote = named_ray()
-        if not remote:  # Ray guards what it starts here by a token; given one, it writes none into the user's home
+        if remote := named_ray():
+            _join(remote)
+        else:  # Ray guards what it starts here by a token; given one, it writes none into the user's home
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would tell how to undo that
-        here: dict[str, Any] = {} if remote else {"num_cpus": max(8, os.cpu_count() or 1), "include_dashboard": False}
-        try:
-            ray.init(log_to_driver=False, configure_logging=False, **here)
-        except (ConnectionError, RuntimeError) as error:  # nobody there; another version of Ray or Python
-            if not remote:
-                raise
-            told = " ".join(str(error).split())[:300]
-            raise ResourceError(f"RAY_ADDRESS: the Ray at {remote} can't be joined: {told}") from error
+            start_ray(num_cpus=max(8, os.cpu_count() or 1), include_dashboard=False, **QUIET)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # else the cause arrives as a text only
     context.execution_options.verbose_progress = False
 
 
+def _join(remote: str) -> None:
+    try:
+        ray.init(**QUIET)
+    except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there; another Ray or Python; no address
+        told = " ".join(str(error).split())[:300]
+        raise ResourceError(f"RAY_ADDRESS: the Ray at {remote} can't be joined: {told}") from error
+
+
+def start_ray(**options: Any) -> None:
+    """Starts a Ray on this machine by `ray.init`.
+
+    Args:
+        **options: Of `ray.init`, `num_cpus` among them.
+
+    Raises:
+        ResourceError: `ray start` has left word of one on this machine, which `init` would join instead.
+    """
+    try:
+        ray.init(**options)
+    except ValueError as error:  # one that is joined takes no number of CPUs
+        raise ResourceError(
+            "RAY_ADDRESS: not set, and `ray start` has started a Ray on this machine: RAY_ADDRESS=auto joins it, "
+            "RAY_ADDRESS=local starts another"
+        ) from error
+
+
 def named_ray() -> str:
-    """The Ray that $RAY_ADDRESS names, "" where it names none; ResourceError where it names a job server."""
+    """The Ray that $RAY_ADDRESS says to join, "" where it says none; ResourceError where it names a job server."""
     named = os.environ.get("RAY_ADDRESS", "")
+    if named == "local":  # Ray's own word for a new one
+        return ""
     if named.startswith("http"):
         raise ResourceError(f"RAY_ADDRESS: {named} is a job server, for `rlfseg submit`; give HOST:6379 or unset it")
     return named

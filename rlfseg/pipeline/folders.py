@@ -55,7 +55,7 @@ def begin(out: Path, identity: Row) -> str:
                 if known.get(k) != now.get(k)
             ]
             raise DataError(
-                f"{out} was begun with other settings: {'; '.join(fields)}; give another `out` or delete it"
+                f"{out} was begun with other settings: {'; '.join(fields)}; give the same to go on, or another `out`"
             )
         return "done" if (out / "_SUCCESS.json").exists() else "resume"
     # A start that could not write it, or was killed at that, has written nothing else

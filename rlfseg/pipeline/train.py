@@ -87,10 +87,7 @@ def run(config: TrainConfig) -> Summary:
     if state == "done":
         return _summary(out, require_finished(out), 0.0, resumed=phrases)
     with alone(out):
-        connect()
-        check_budget("train", *_needs(config), lower="workers, min_workers or cpus")
-        check_nodes("train", {"cpus": config.cpus})
-        store = _ready_store(config, out, state)
+        store = _ready(config, out, state)
         before = store.newest_step()
         with _tracked(config, out) as recorded:
             job = Job(
@@ -131,17 +128,21 @@ def _train(job: Job, store: Store, recorded: tracking.Run) -> Row:
     return counts
 
 
-def _ready_store(config: TrainConfig, out: Path, state: str) -> Store:
-    """Where the checkpoints go, tried out."""
+def _ready(config: TrainConfig, out: Path, state: str) -> Store:
+    """A Ray that is large enough, and where the checkpoints go, tried out; what is refused here claims no folder."""
     started = read_json(out / STARTED)
     # Ray resumes any run of the same name, so no other training has it, in a storage that many of them share
     name = f"{out.name}-{started.get('id', started['hash'])}"
     try:
+        connect()
+        check_budget("train", *_needs(config), lower="workers, min_workers or cpus")
+        check_nodes("train", {"cpus": config.cpus})
         store = Store(config.storage or str(out / "checkpoints"), name)
         store.ready()
         _require_same(store, out / "storage.json")
-    except ConfigError as error:
-        unclaim(out, error, lambda: state == "resume")
+    except (ConfigError, ResourceError):
+        if state == "new":
+            shutil.rmtree(out)
         raise
     write_json(out / "storage.json", {"storage": store.shown})
     return store

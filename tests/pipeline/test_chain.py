@@ -300,6 +300,16 @@ def test_too_many_workers_are_refused_with_the_sum(chain: Path, capsys: pytest.C
     assert "needs 504 CPUs" in capsys.readouterr().err
 
 
+def test_a_training_with_too_many_workers_claims_no_folder(
+    chain: Path, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With fewer workers, which the error asks for, it is another training."""
+    flags = [f"--config={root / 'jobs' / 'configs' / 'quickstart' / 'train.yaml'}", f"--latents={chain / 'latents'}"]
+    assert cli.main("train", [*flags, "--workers=24", "--batch_size=1", f"--out={chain / 'never-1'}"]) == 1
+    assert re.search(r"^rlfseg train: train needs \d+ CPUs and this Ray has", capsys.readouterr().err, re.MULTILINE)
+    assert not (chain / "never-1").exists()
+
+
 def test_pictures_of_any_kind_go_through_predict(chain: Path, tmp_path: Path) -> None:
     from sklearn.datasets import load_sample_images
 

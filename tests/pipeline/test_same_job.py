@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -321,18 +323,33 @@ def test_where_tells_workers_device_and_arithmetic() -> None:
             assert str(choose_dtype(wanted, device)) == long
 
 
-@pytest.mark.parametrize("remote", [True, False])
-def test_a_ray_of_our_own_gets_a_token_of_its_own(remote: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("address", "remote"), [("192.0.2.1:6379", True), (None, False), ("local", False)])
+def test_a_ray_of_our_own_gets_a_token_of_its_own(
+    address: str | None, remote: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr(cluster.ray, "is_initialized", lambda: False)
     monkeypatch.setattr(cluster.ray, "init", lambda **settings: given.update(settings))
     monkeypatch.setenv("RAY_AUTH_TOKEN", "")
     monkeypatch.delenv("RAY_AUTH_TOKEN")
-    if remote:
-        monkeypatch.setenv("RAY_ADDRESS", "192.0.2.1:6379")
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
     cluster.connect()
     assert ("num_cpus" in given, "RAY_AUTH_TOKEN" in os.environ) == (not remote, not remote)
     assert remote or len(os.environ["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_what_ray_start_has_left_is_told_not_joined_in_passing(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("192.0.2.1:6379")
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from rlfseg.pipeline.cluster import connect; connect()"],
+        **{"cwd": root, "env": environment | {"RAY_TMPDIR": str(tmp_path)}, "check": False},
+        **{"capture_output": True, "text": True, "timeout": 120},
+    )
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("rlfseg.errors.ResourceError: RAY_ADDRESS: not set, and `ray start` has started a Ray")
 
 
 def test_a_job_server_is_no_ray_to_join(monkeypatch: pytest.MonkeyPatch) -> None:
