@@ -220,9 +220,13 @@ def load(folder: Path, *, device: str = "auto", dtype: str = "auto", base_only: 
     unet = None
     if card.full and not base_only:
         try:
-            unet = UNet2DConditionModel.from_pretrained(folder / "unet", local_files_only=True, use_safetensors=True)
+            unet, found = UNet2DConditionModel.from_pretrained(
+                folder / "unet", local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError) as error:
             raise ModelError(f"adapter {folder / 'unet'} can't be loaded as a diffusers UNet: {error}") from error
+        if found["missing_keys"]:
+            raise ModelError(f"adapter {folder / 'unet'} lacks weights: {', '.join(found['missing_keys'][:3])}")
     backbone = Backbone.load(config, unet=unet)
     if card.base_weights and card.base_weights != (found := weights_hash(backbone.source)):
         raise ModelError(

@@ -17,9 +17,9 @@ from cachetools import LRUCache
 from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from jaxtyping import Float
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -32,6 +32,7 @@ from rlfseg.hub import resolve_base, resolve_tiny
 
 TIME_SCALE = 1000.0  # the UNet's time embedding was trained on 0..1000; the flow's time runs over 0..1
 TEXT_CACHE = 1024  # phrases; a state of SD's is 236 kB
+LORA_WEIGHTS = "adapter_model.safetensors"  # peft's name
 # What peft raises on settings and weights that it can't use; it has no error of its own for that.
 UNUSABLE = (RuntimeError, OSError, ValueError, TypeError, AttributeError, LookupError, ImportError, SafetensorError)
 
@@ -260,15 +261,19 @@ class Backbone:
             trainable: Whether its weights require a gradient.
 
         Raises:
-            ModelError: Its keys or shapes don't fit this base: loading it would silently change nothing.
+            ModelError: Its keys or shapes don't fit this base: loading it would silently change nothing, or leave
+                weights as they are drawn at random.
         """
         try:
             model = PeftModel.from_pretrained(self.velocity.unet, str(folder), is_trainable=trainable)
+            with safe_open(folder / LORA_WEIGHTS, "pt") as file:
+                missing = sorted(get_peft_model_state_dict(model).keys() - set(file.keys()))
         except UNUSABLE as error:
             raise ModelError(f"adapter {folder} doesn't fit the base {self.source}: {error}") from error
-        loaded = [w for n, w in model.named_parameters() if ".lora_B." in n]
-        if not loaded or not all(bool(w.any()) for w in loaded):
-            raise ModelError(f"adapter {folder} has lora_B weights that are missing or zero on the base {self.source}")
+        if missing:
+            raise ModelError(f"adapter {folder} lacks weights for the base {self.source}: {_first(missing)}")
+        if not all(bool(w.any()) for n, w in model.named_parameters() if ".lora_B." in n):
+            raise ModelError(f"adapter {folder} has lora_B weights that are zero")
         for weight in (w for n, w in model.named_parameters() if ".lora_" in n):
             weight.data = weight.data.float()
         self.velocity.unet = model.to(self.device).eval()
@@ -284,17 +289,16 @@ class Backbone:
         """
         unet = self.velocity.unet
         is_lora = isinstance(unet, PeftModel)
-        path = folder / ("adapter_model.safetensors" if is_lora else "unet/diffusion_pytorch_model.safetensors")
+        path = folder / (LORA_WEIGHTS if is_lora else "unet/diffusion_pytorch_model.safetensors")
         try:
             weights = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path} can't be read: {error}") from error
-        if not is_lora:
-            unet.load_state_dict(weights)
-            return
-        found: Any = set_peft_model_state_dict(unet, weights)
+            found: Any = set_peft_model_state_dict(unet, weights) if is_lora else unet.load_state_dict(weights)
+        except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: other names or shapes
+            raise ModelError(f"{path} can't be read into {self.source}: {' '.join(str(error).split())}") from error
         if found.unexpected_keys:
-            raise ModelError(f"{folder}: weights {found.unexpected_keys[:3]} belong to no layer of {self.source}")
+            raise ModelError(f"{path}: {_first(found.unexpected_keys)} belong to no layer of {self.source}")
+        if missing := [name for name in found.missing_keys if not is_lora or ".lora_" in name]:
+            raise ModelError(f"{path} lacks weights for {self.source}: {_first(missing)}")
 
     def fuse(self) -> None:
         """Makes the UNet ready for inference only: LoRA folded into its weights, all of them in the arithmetic's type.
@@ -318,6 +322,10 @@ class Backbone:
         if self.dtype == torch.bfloat16 and self.velocity.dtype is None:
             return torch.autocast(self.device.split(":")[0], torch.bfloat16)
         return nullcontext()
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def compute_lora(unet: nn.Module) -> None:

@@ -190,7 +190,9 @@ def other_base(tmp_path: Path) -> Path:
 
 @pytest.mark.fault("lora-07")
 @pytest.mark.filterwarnings("ignore:.*missing adapter keys:UserWarning", "ignore:Found missing:UserWarning")
-@pytest.mark.parametrize("fault", ["other base", "wrong prefix", "zero", "truncated", "no weights"])
+@pytest.mark.parametrize(
+    "fault", ["other base", "wrong prefix", "zero", "truncated", "no weights", "no lora_A", "a lora_A less"]
+)
 def test_an_adapter_that_would_change_nothing_is_refused(
     saved: tuple[Path, Tensor], other_base: Path, tmp_path: Path, fault: str
 ) -> None:
@@ -202,12 +204,35 @@ def test_an_adapter_that_would_change_nothing_is_refused(
         save_file({f"module.{k}": w for k, w in weights.items()}, folder / WEIGHTS)
     elif fault == "zero":
         save_file({k: w * ("lora_A" in k) for k, w in weights.items()}, folder / WEIGHTS)
+    elif "lora_A" in fault:  # which peft draws at random where it is missing
+        of_a = [k for k in weights if "lora_A" in k]
+        save_file(
+            {k: w for k, w in weights.items() if k not in of_a[: 1 if "less" in fault else None]}, folder / WEIGHTS
+        )
     elif fault == "truncated":
         (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-1000])
     else:
         (folder / WEIGHTS).unlink()
     with pytest.raises(ModelError, match=str(folder)):
         adapter.load(folder, device="cpu")
+    if fault in ("no lora_A", "a lora_A less"):
+        backbone = Backbone.load(TINY)
+        backbone.add_lora(LoraConfig(rank=8, alpha=32, targets=EVERY_LAYER))
+        with pytest.raises(ModelError, match=r"lacks weights for .*lora_A\."):
+            backbone.load_weights(folder)
+
+
+def test_a_whole_unet_with_weights_missing_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapter.save(trained(LoraConfig(full=True), steps=0).backbone, folder, dataclasses.replace(CARD, full=True))
+    weights = load_file(folder / "unet" / NETWORK)
+    save_file({k: w for k, w in weights.items() if k != "conv_in.bias"}, folder / "unet" / NETWORK, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"unet lacks weights: conv_in\.bias"):
+        adapter.load(folder, device="cpu")
+    backbone = Backbone.load(TINY)
+    backbone.add_lora(LoraConfig(full=True))
+    with pytest.raises(ModelError, match=r"can't be read into .*conv_in\.bias"):
+        backbone.load_weights(folder)
 
 
 def copy_of_base(folder: Path, change: Callable[[str, Tensor], Tensor]) -> Path:

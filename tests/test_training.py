@@ -65,13 +65,15 @@ def test_a_step_is_equation_4_and_adamw_by_hand(batches: list[Batch]) -> None:
     assert far < 0.01 * sum(w.numel() for w in state.weights)
 
 
-def test_betas_and_weight_decay_are_adamws(batches: list[Batch]) -> None:
+def test_betas_weight_decay_and_schedule_are_adamws(batches: list[Batch]) -> None:
     """Three steps by the update's formula, in float64, on the gradients that the steps had."""
-    lr, (b1, b2), decay = 1e-3, (0.5, 0.7), 0.5
-    state = make(optimizer=OptimizerConfig(lr=lr, betas=(b1, b2), weight_decay=decay, clip=None))
+    (b1, b2), decay = (0.5, 0.7), 0.5
+    config = OptimizerConfig(lr=1e-3, betas=(b1, b2), weight_decay=decay, clip=None, warmup_steps=2, schedule="cosine")
+    state = make(total=5, optimizer=config)
+    rates = (0.5e-3, 1e-3, 1e-3)  # warm-up, then the cosine's first of three steps
     naive = [w.double() for w in weights(state)]
     m, v = ([torch.zeros_like(w) for w in naive] for _ in range(2))
-    for n, batch in enumerate(batches[:3], 1):
+    for n, (batch, lr) in enumerate(zip(batches[:3], rates, strict=True), 1):
         state.step(batch)
         for i, mine in enumerate(state.weights):
             assert mine.grad is not None
@@ -146,7 +148,11 @@ def test_accumulated_batches_are_one_large_batch(batches: list[Batch]) -> None:
 def test_the_schedule_moves_once_a_step_however_many_batches_it_has(batches: list[Batch]) -> None:
     schedule = OptimizerConfig(lr=1e-3, warmup_steps=2, schedule="cosine")
     one, four = make(total=6, optimizer=schedule), make(total=6, optimizer=schedule)
-    rates = [(one.step(batches[0])["lr"], four.step(*batches)["lr"]) for _ in range(4)]
+    rates = []
+    for _ in range(4):
+        told = one.step(batches[0])["lr"], four.step(*batches)["lr"]
+        assert told == (one.optimizer.param_groups[0]["lr"], four.optimizer.param_groups[0]["lr"])
+        rates.append(told)
     assert [a for a, _ in rates] == [b for _, b in rates]
     # Warm-up: 1/2, 1; then the cosine's first of four steps, and its second: 1/2 (1 + cos(pi / 4))
     assert [a for a, _ in rates] == pytest.approx([5e-4, 1e-3, 1e-3, 0.5e-3 * (1 + math.sqrt(0.5))])

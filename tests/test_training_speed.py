@@ -21,7 +21,7 @@ from rlfseg import adapter
 from rlfseg.backbone import Backbone
 from rlfseg.config import LoraConfig, OptimizerConfig, SpeedConfig
 from rlfseg.flow import flow_loss, sample_time
-from rlfseg.training import Batch, TrainState
+from rlfseg.training import Batch, TrainState, speed_up
 from tests.trained import TINY, drawn_batches, eight, gradients, joined, make
 
 
@@ -73,6 +73,32 @@ def test_channels_last_reorders_weights_and_changes_nothing(batches: list[Batch]
     assert kernels
     assert all(w.is_contiguous(memory_format=torch.channels_last) for w in kernels)
     assert plain.step(batches[0]) == pytest.approx(reordered.step(batches[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_of_products_and_of_convolutions(tf32: bool) -> None:
+    """The flags alone, which a CPU ignores; `test_gpu.py` has what they do."""
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    backbone = make().backbone
+    try:
+        for device, expected in (("cpu", not tf32), ("cuda:0", tf32)):
+            products.allow_tf32 = convolutions.allow_tf32 = not tf32
+            backbone.device = device
+            speed_up(backbone, SpeedConfig(tf32=tf32))
+            assert (products.allow_tf32, convolutions.allow_tf32) == (expected, expected)
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_compiling_is_of_the_velocity(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether, not what comes of it, which takes a minute (`slow` below)."""
+    compiled: list[torch.nn.Module] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    backbone = make().backbone
+    speed_up(backbone, SpeedConfig(compile=wanted))
+    assert compiled == [backbone.velocity] * wanted
 
 
 def test_checkpointing_and_channels_last_together_change_no_gradient(batches: list[Batch]) -> None:
