@@ -208,7 +208,7 @@ class Backbone:
             max_length=self.tokenizer.model_max_length,
             return_tensors="pt",
         ).input_ids
-        states: Tensor = self.text_encoder(ids.to(self.device)).last_hidden_state
+        states: Tensor = self.text_encoder(ids.to(self.device, non_blocking=True)).last_hidden_state
         return states.float()
 
     def too_long(self, phrase: str) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from rlfseg.errors import ConfigError
@@ -19,9 +21,11 @@ def choose_device(wanted: str) -> str:
     Raises:
         ConfigError: A GPU is asked for and this process sees none.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
+    # Whoever hides GPUs after torch has counted them, which importing diffusers makes it do, is believed too
+    there = os.environ.get("CUDA_VISIBLE_DEVICES") != "" and torch.cuda.is_available()
+    if wanted == "cuda" and not there:
         raise ConfigError("device: cuda is asked for and this process sees no GPU; use cpu or auto")
-    return "cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu"
+    return "cuda" if wanted != "cpu" and there else "cpu"
 
 
 def choose_dtype(wanted: str, device: str) -> torch.dtype:

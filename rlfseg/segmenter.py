@@ -40,7 +40,8 @@ class Segmenter:
         backbone: With or without an adapter.
         card: Its card.
         max_batch: Most phrases in one UNet call, and pictures in one encoding; bounds a GPU's memory.
-        compile: Compile both; see `few_shapes`.
+        compile: Compile both, where one call of the UNet is all; see `few_shapes`. On a GPU always call it from the
+            same thread then, of which CUDA graphs are.
     """
 
     def __init__(self, backbone: Backbone, card: Card, *, max_batch: int = 32, compile: bool = False):
@@ -173,7 +174,10 @@ class Segmenter:
 
     def _queued(self, *inputs: Any) -> Callable[[], list[Tensor]]:
         """Queues a call of the network, and what brings its results to the CPU; gives what waits for them."""
-        done = [x.to("cpu", non_blocking=True) for x in self._step(*inputs)]
+        config: SamplingConfig = inputs[-1]
+        # Compiled, a sampler is unrolled: of many steps it would take minutes, for the first who asks for so many
+        one_call = config.steps == 1 and config.rescale != "hss"
+        done = [x.to("cpu", non_blocking=True) for x in (self._step if one_call else self._masks)(*inputs)]
         if self.backbone.device == "cpu":
             return lambda: done
         event = torch.cuda.Event()  # not the whole queue: the next call will be in it
@@ -214,13 +218,15 @@ class Segmenter:
         return images.tensor_to_square(self.backbone.decode(latents.z0)), latents.gamma, latents.clipped
 
     def warm_up(self, *, sampling: SamplingConfig | None = None) -> None:
-        """Runs every size of batch once, so that nobody waits for a compilation later."""
+        """Runs every size of batch, so that nobody waits for a compilation later, or for the recording of a graph."""
         side = self.backbone.resolution
-        for n in {min(2**k, self.max_batch) for k in range(self.max_batch.bit_length() + 1)}:
+        sizes = {min(2**k, self.max_batch) for k in range(self.max_batch.bit_length() + 1)}
+        for n in [*sizes] * (1 if self.backbone.device == "cpu" else 2):  # a CUDA graph is recorded by a second call
             z1 = self.encode_squares(torch.zeros(n, 3, side, side))
             self.squares(z1[:1], [["warm-up"] * n], sampling=sampling)
 
 
+# Of a function: each of the sizes under each sampling. Beyond its 8, torch would go on uncompiled without a word
 RECOMPILE_LIMIT = 64
 
 
@@ -236,8 +242,6 @@ def few_shapes(function: Callable[..., Any], most: int, device: str) -> Callable
     Returns:
         A function with the same results, in memory of their own.
     """
-    # Of a function: each of the sizes under each sampling. Beyond its 8, torch would go on uncompiled without a word
-    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     fast = torch.compile(function, dynamic=False, mode="default" if device == "cpu" else "reduce-overhead")
 
     def call(batch: Tensor, *others: Any) -> Any:
@@ -249,7 +253,9 @@ def few_shapes(function: Callable[..., Any], most: int, device: str) -> Callable
             return torch.cat([x, x[-1:].expand(size - n, *x.shape[1:])]) if is_batch else x
 
         torch.compiler.cudagraph_mark_step_begin()
-        done = fast(*map(padded, (batch, *others)))
+        # By call, since torch keeps its settings for each thread
+        with torch._dynamo.config.patch(recompile_limit=max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)):
+            done = fast(*map(padded, (batch, *others)))
         # A CUDA graph writes each call's results to the same place
         return done[:n].clone() if isinstance(done, Tensor) else tuple(x[:n].clone() for x in done)
 

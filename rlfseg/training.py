@@ -110,15 +110,17 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss, chosen, refined = 0.0, 0, 0
+        told: list[Tensor] = []
         for number, batch in enumerate(batches, 1):
             with self._synced(last=number == len(batches)):
                 losses, chose_refined = self._losses(batch)
                 mean = losses.mean()
                 (mean * (weight or 1 / len(batches))).backward()
-            loss += mean.item() / len(batches)
-            chosen, refined = chosen + int(chose_refined.sum()), refined + int(batch.has_refined.sum())
-        norm = nn.utils.clip_grad_norm_(self.weights, self.config.optimizer.clip or math.inf).item()
+            told += [mean.detach(), chose_refined.sum()]
+        told.append(nn.utils.clip_grad_norm_(self.weights, self.config.optimizer.clip or math.inf))
+        *figures, norm = torch.stack([x.float() for x in told]).tolist()  # read at once: each waits for the GPU's queue
+        loss, chosen = sum(figures[::2]) / len(batches), int(sum(figures[1::2]))
+        refined = sum(int(batch.has_refined.sum()) for batch in batches)
         if math.isfinite(norm):
             self.optimizer.step()
         self.bad_steps = 0 if math.isfinite(norm) else self.bad_steps + 1
@@ -133,10 +135,11 @@ class TrainState:
         }
 
     def settle(self, size: int) -> None:
-        """Computes a gradient that is thrown away, for the processes of a DistributedDataParallel.
+        """Computes a gradient that is thrown away, for the processes of a DistributedDataParallel and for a compiler.
 
-        After the first one it lays out its buckets anew, and three or more processes sum a number in another order at
-        another place: the first step after a restart would differ in last bits from what it was.
+        After the first one DistributedDataParallel lays out its buckets anew, and three or more processes sum a number
+        in another order at another place: the first step after a restart would differ in last bits from what it was.
+        A compiler takes the second size that it sees for one of many: the calls with a gradient are all of one size.
 
         Args:
             size: Latents a batch, as in all steps: `speed.compile` compiles for this one.
@@ -156,13 +159,14 @@ class TrainState:
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device, config = self.backbone.device, self.config
-        z1, z0, z0_refined = (z.to(device, torch.float32) for z in (batch.z1, batch.z0, batch.z0_refined))
-        has_refined = batch.has_refined.to(device)
+        of_batch = (batch.z1, batch.z0, batch.z0_refined)
+        z1, z0, z0_refined = (z.to(device, torch.float32, non_blocking=True) for z in of_batch)
+        has_refined = batch.has_refined.to(device, non_blocking=True)
         if config.selection == "original":
             has_refined = torch.zeros_like(has_refined)
         elif config.selection == "refined":
             z0, has_refined = z0_refined, torch.zeros_like(has_refined)  # one label is left: nothing to select
-        t = flow.sample_time(config.t_sampling, config.seed, self.epoch, batch.ids).to(device)
+        t = flow.sample_time(config.t_sampling, config.seed, self.epoch, batch.ids).to(device, non_blocking=True)
         with self.backbone.autocast():
             text = self.backbone.text(batch.phrases)
             losses, chose_refined = flow.selection_loss(
@@ -188,7 +192,8 @@ class TrainState:
         Returns:
             The sums, and for how many phrases the network gave NaN, which count as an empty mask.
         """
-        sums, failed, segmenter = Sums(), 0, Segmenter(self.backbone, card)
+        # No more at once than in a step, for which a GPU's memory may be just enough
+        sums, failed, segmenter = Sums(), 0, Segmenter(self.backbone, card, max_batch=self.config.batch_size)
         for sample in samples:
             results = segmenter.segment([sample.image], [sample.phrases], sampling=SamplingConfig())[0]
             for result, mask in zip(results, sample.masks, strict=True):

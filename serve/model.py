@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -39,18 +39,24 @@ class Loaded:
 
     @classmethod
     def load(cls, reference: str, *, device: str = "auto", fast: FastConfig | None = None) -> Loaded:
-        """Loads an adapter by its reference, compiled for every size of batch if so set; raises ModelError."""
+        """Loads an adapter by its reference; raises ModelError."""
         from rlfseg.segmenter import Segmenter
 
         folder = adapter.resolve(reference)
         segmenter = Segmenter.load(str(folder), device=device, fast=fast)
-        if fast is not None and fast.compile:
-            segmenter.warm_up()
         return cls(segmenter=segmenter, version=adapter.version(folder))
+
+    def compile(self) -> None:
+        """Compiles every size of batch, of one step and of AOS where that is calibrated."""
+        rescales: list[Literal["none", "aos"]] = ["none", "aos"] if self.segmenter.card.eps_aos else ["none"]
+        for rescale in rescales:
+            self.segmenter.warm_up(sampling=SamplingConfig(rescale=rescale))
 
 
 class Engine:
     """The work on a batch, without Ray. Latents of recent pictures are kept and shared by models of one base.
+
+    For one thread at a time, and always the same where models are compiled on a GPU, since CUDA graphs are of a thread.
 
     Args:
         cache_mb: Memory for them, in MiB.
@@ -58,7 +64,6 @@ class Engine:
 
     def __init__(self, cache_mb: float):
         self.latents: LRUCache[tuple[str, int, str], Tensor] = LRUCache(int(cache_mb * 2**20), getsizeof=_bytes)
-        self.lock = threading.Lock()  # batches of several models may be ready at once; a network takes one at a time
         self.broken = False
 
     def __call__(self, batch: Sequence[tuple[Loaded, Ask]]) -> list[Answer | Refusal]:
@@ -74,22 +79,22 @@ class Engine:
         for n, (loaded, ask) in enumerate(batch):
             groups.setdefault((id(loaded), ask.sampling), []).append(n)
         answers: dict[int, Answer | Refusal] = {}
-        with self.lock:
-            for members in groups.values():
-                answers |= self._isolated(batch[members[0]][0], {n: batch[n][1] for n in members})
+        for members in groups.values():
+            answers |= self._isolated(batch[members[0]][0], {n: batch[n][1] for n in members})
         return [answers[n] for n in range(len(batch))]
 
     def _isolated(self, loaded: Loaded, asks: dict[int, Ask]) -> dict[int, Answer | Refusal]:
         try:
             return dict(zip(asks, self._run(loaded, list(asks.values())), strict=True))
         except Exception as error:  # whatever it ran into, the other pictures must not
-            if len(asks) > 1:
-                return {n: a for one in asks.items() for n, a in self._isolated(loaded, dict([one])).items()}
-            [ask] = asks.values()
-            log.exception("a picture of request %s failed in the network", ask.request)
-            self.broken = self.broken or _is_fatal(error)
-            refusal = Refusal("invalid", str(error)) if isinstance(error, RlfsegError) else Refusal("failed", FAILED)
-            return dict.fromkeys(asks, refusal)
+            if len(asks) == 1:
+                [ask] = asks.values()
+                log.exception("a picture of request %s failed in the network", ask.request)
+                self.broken = self.broken or _is_fatal(error)
+                known = isinstance(error, RlfsegError)
+                return dict.fromkeys(asks, Refusal("invalid", str(error)) if known else Refusal("failed", FAILED))
+        # Behind the error, which holds all that the batch had on a GPU
+        return {n: a for one in asks.items() for n, a in self._isolated(loaded, dict([one])).items()}
 
     def _run(self, loaded: Loaded, asks: list[Ask]) -> list[Answer]:
         start = time.perf_counter()
@@ -160,17 +165,23 @@ class Model:
             torch.cuda.set_per_process_memory_fraction(config.gpus)  # Ray's fraction is bookkeeping only
         self.config, self.engine = config, Engine(config.cache_mb)
 
+        # One thread: a network takes one batch at a time, and CUDA graphs are of the thread that has recorded them
+        network, loop = ThreadPoolExecutor(1, "network"), asyncio.get_running_loop()
+
         async def load(name: str) -> Loaded:
-            return await asyncio.to_thread(Loaded.load, config.models[name], device=config.device, fast=config.fast)
+            loaded = await asyncio.to_thread(Loaded.load, config.models[name], device=config.device, fast=config.fast)
+            if config.fast.compile:
+                await loop.run_in_executor(network, loaded.compile)
+            return loaded
 
         async def answer(batch: list[tuple[Loaded, Ask]]) -> list[Answer | Refusal]:
-            return await asyncio.to_thread(self.engine, batch)
+            return await loop.run_in_executor(network, self.engine, batch)
 
         self.load = serve.multiplexed(max_num_models_per_replica=config.resident)(load)
         self.batched = serve.batch(max_batch_size=config.batch_size, batch_wait_timeout_s=config.batch_wait_s)(answer)
         for name in reversed(list(config.models)[: config.resident]):  # the default last, so that it stays longest
             loaded = await self.load(name)
-        await asyncio.to_thread(warm_up, self.engine, loaded)
+        await loop.run_in_executor(network, warm_up, self.engine, loaded)
 
     async def segment(self, name: str, ask: Ask) -> Answer | Refusal:
         """Answers one picture, together with others that are waiting.

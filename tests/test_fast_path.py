@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,46 @@ def test_batches_are_padded_to_few_sizes_and_results_are_their_own(monkeypatch: 
     for n, (both, first) in results.items():
         torch.testing.assert_close(both, torch.full((n, 2), n + 101.0))
         torch.testing.assert_close(first, torch.full((n,), n + 101.0))
+
+
+def test_more_than_eight_samplings_are_compiled_on_whatever_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch keeps its settings for each thread, and beyond its own limit of 8 it goes on uncompiled without a word."""
+    graphs: list[int] = []
+
+    def counts(graph: torch.fx.GraphModule, _: Sequence[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(1)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counts))
+    call = few_shapes(lambda x, factor: x * factor, 8, "cpu")
+    for factor in range(2, 14):
+        with ThreadPoolExecutor(1) as thread:
+            assert thread.submit(call, torch.ones(2, 2), factor).result()[0, 0] == factor
+    assert len(graphs) == 12
+
+
+@pytest.mark.parametrize(
+    ("sampling", "compiled"),
+    [
+        (SamplingConfig(), True),
+        (AOS, True),
+        (SamplingConfig(steps=3), False),
+        (SamplingConfig(rescale="hss", eps=0.3, hss_steps=3), False),
+    ],
+)
+def test_what_calls_the_network_often_is_not_unrolled_into_a_graph(
+    plain: Segmenter, monkeypatch: pytest.MonkeyPatch, sampling: SamplingConfig, compiled: bool
+) -> None:
+    called: list[Any] = []
+
+    def as_if(function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        return lambda *given: (called.append(function), function(*given))[1]
+
+    monkeypatch.setattr(torch, "compile", as_if)
+    fast = Segmenter(plain.backbone, plain.card, compile=True)
+    a, b = (s(picture(3), ["red ring"], sampling=sampling)[0].score for s in (plain, fast))
+    np.testing.assert_allclose(a, b, atol=1e-4)
+    assert [f.__name__ for f in called] == ["encode", "_masks"][: 1 + compiled]
 
 
 TWENTY = """

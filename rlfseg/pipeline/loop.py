@@ -126,7 +126,7 @@ class Loop:
             # A gradient's memory is the bucket's: one copy less. There are no buffers to send around
             settings = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
             self.state.model = prepare_model(self.state.backbone.velocity, parallel_strategy_kwargs=settings)
-            if self.world > 1:
+            if self.world > 1 or self.config.speed.compile:
                 self.state.settle(self.config.batch_size)
             while self.state.step_number < self.job.total_steps:
                 self._epoch()
@@ -338,7 +338,7 @@ def _held_out(config: TrainConfig, rank: int, world: int) -> tuple[list[Labelled
 
 
 def _sheet(state: TrainState, card: Card, held_out: list[Labelled]) -> np.ndarray:
-    segmenter, cells = Segmenter(state.backbone, card), []
+    segmenter, cells = Segmenter(state.backbone, card, max_batch=state.config.batch_size), []
     for sample in held_out[:SHOWN]:
         results = segmenter.segment([sample.image], [sample.phrases])[0]
         found = [np.zeros_like(true) if r.failed else r.mask for r, true in zip(results, sample.masks, strict=True)]

@@ -252,7 +252,12 @@ def failures(submitted: Callable[..., subprocess.CompletedProcess[str]], folder:
 def leave(line: list[str], env: dict[str, str], out: Path) -> None:
     """Ctrl-C leaves a job without end running, the same command finds it again, and stopping it ends that one."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(line, env=env, cwd=out.parent, **pipes) as leaving:  # type: ignore[call-overload]
+
+    def heed() -> None:
+        """Whoever runs these tests in the background has had Ctrl-C ignored, by all that they start."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(line, env=env, cwd=out.parent, preexec_fn=heed, **pipes) as leaving:  # type: ignore[call-overload]
         job = leaving.stdout.readline().split()[1].rstrip(";")
         while not (out / "_STARTED.json").exists():
             assert leaving.poll() is None

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import threading
+import time
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlfseg.config import SamplingConfig
+from rlfseg.config import FastConfig, SamplingConfig, ServeConfig
 from rlfseg.errors import ModelError
 from rlfseg.images import image_to_tensor
 from rlfseg.segmenter import Segmenter
 from serve.messages import Answer, Ask
-from serve.model import Engine, Loaded, warm_up
+from serve.model import Engine, Loaded, Model, warm_up
 from serve.refusal import Refusal
 from tests.serving.harness import scene
 
@@ -133,6 +137,62 @@ def test_what_fails_fails_alone(
     assert logged.exc_info[1] is error
     assert scores(good).shape == scores(also_good).shape == (2, 64, 64)
     assert not engine.broken
+
+
+def test_what_a_batch_held_is_free_before_its_pictures_are_tried_alone(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU whose memory was too small for all of them."""
+    squares, held = loaded.segmenter.squares, list[weakref.ref[torch.Tensor]]()
+
+    def full(z1: torch.Tensor, phrases: Any, **kwargs: Any) -> Any:
+        if len(z1) > 1:
+            activations = torch.ones(9)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        assert held[0]() is None
+        return squares(z1, phrases, **kwargs)
+
+    monkeypatch.setattr(loaded.segmenter, "squares", full)
+    for answer in Engine(1)([(loaded, ask(0)), (loaded, ask(1))]):
+        assert scores(answer).shape == (2, 64, 64)
+
+
+def test_one_thread_compiles_and_computes(monkeypatch: pytest.MonkeyPatch, loaded: Loaded) -> None:
+    """CUDA graphs are of the thread that has recorded them."""
+    threads: list[int] = []
+
+    def noted(*_: Any) -> list[Any]:
+        threads.append(threading.get_ident())
+        return []
+
+    monkeypatch.setattr("serve.model.hide_unreserved_gpus", lambda: None)
+    monkeypatch.setattr("serve.model.serve.multiplexed", lambda **_: lambda function: function)
+    monkeypatch.setattr("serve.model.serve.batch", lambda **_: lambda function: function)
+    monkeypatch.setattr(Loaded, "load", lambda *_, **__: loaded)
+    monkeypatch.setattr(Loaded, "compile", noted)
+    monkeypatch.setattr(Engine, "__call__", noted)
+    monkeypatch.setattr("serve.model.warm_up", noted)
+
+    async def used() -> None:
+        model: Any = Model.__new__(Model)
+        await Model.__init__(model, ServeConfig(models={"a": "tiny", "b": "tiny"}, fast=FastConfig(compile=True)))
+        await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.01) for _ in range(4)))
+        for _ in range(4):
+            await model.batched([])
+
+    asyncio.run(used())
+    assert len(threads) == 2 + 1 + 4
+    assert len(set(threads)) == 1
+
+
+def test_compiling_covers_aos_where_it_is_calibrated(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    warm: list[str] = []
+    monkeypatch.setattr(loaded.segmenter, "warm_up", lambda *, sampling: warm.append(sampling.rescale))
+    loaded.compile()
+    monkeypatch.setattr(loaded.segmenter, "card", replace(loaded.segmenter.card, eps_aos=None))
+    loaded.compile()
+    assert warm == ["none", "aos", "none"]
 
 
 def test_a_broken_gpu_is_told_to_serve(loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
