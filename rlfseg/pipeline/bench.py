@@ -11,7 +11,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlfseg import __version__, tracking
-from rlfseg.config import BenchConfig, as_dict
+from rlfseg.config import BenchConfig, as_dict, without_passwords
 from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.stages import Summary
 
@@ -74,23 +74,28 @@ def run(config: BenchConfig) -> Summary:
     """
     start, out = time.monotonic(), Path(config.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
+    config = replace(config, out=str(out))  # Ray moves a worker's working directory
     here, suites, rows = machine(), config.what or SUITES, list[Row]()
-    write_json(out / "machine.json", here | {"settings": as_dict(config)})
+    write_json(out / "machine.json", here | {"settings": without_passwords(as_dict(config))})
+    write_json(out / "bench.json", [])
     figures: dict[str, float] = {}
-    for name in suites:
-        suite = importlib.import_module("serve.bench" if name == "serve" else f"rlfseg.pipeline.bench_{name}")
-        for row in suite.measure(config):
-            rows.append(row)
-            figures[f"bench/{name}/{row.name}"] = row.figure
-            write_json(out / "bench.json", [asdict(r) | {"verdict": r.verdict} for r in rows])
-            print(f"{row.name}: {row.ours:.4g} {row.unit}", flush=True)
     with tracking.Run.start(
         config.tracking, params=as_dict(config), run_name=f"bench-{'-'.join(suites)}", tags={"rlfseg.stage": "bench"}
     ) as recorded:
-        recorded.log_metrics(figures)
-        recorded.log_artifact(out / "bench.json", "bench")
-        recorded.log_artifact(out / "machine.json", "bench")
-    _show(suites, rows, here | {"settings": f"rounds {config.rounds}, images {config.images}, quick {config.quick}"})
+        try:
+            for name in suites:
+                suite = importlib.import_module("serve.bench" if name == "serve" else f"rlfseg.pipeline.bench_{name}")
+                for row in suite.measure(config):
+                    rows.append(row)
+                    figures[f"bench/{name}/{row.name}"] = row.figure
+                    write_json(out / "bench.json", [asdict(r) | {"verdict": r.verdict} for r in rows])
+                    print(f"{row.name}: {row.ours:.4g} {row.unit}", flush=True)
+        finally:  # where a suite fails after an hour of others
+            recorded.log_metrics(figures)
+            recorded.log_artifact(out / "bench.json", "bench")
+            recorded.log_artifact(out / "machine.json", "bench")
+            settings = f"rounds {config.rounds}, images {config.images}, quick {config.quick}"
+            _show(suites, rows, here | {"settings": settings})
     return Summary(
         name="bench",
         out=str(out),

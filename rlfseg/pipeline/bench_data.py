@@ -154,12 +154,13 @@ def _count_sorted(score: NDArray[np.float32], truth: NDArray[np.bool_]) -> Count
 
 def _count_by_sums(score: NDArray[np.float32], truth: NDArray[np.bool_]) -> Counts:
     """As one writes it: true and false positives and false negatives by sums of masks."""
-    tp, fp = [], []
+    tp, fp, fn = [], [], []
     for t in THRESHOLDS.astype(np.float32):
         pred = score > t
         tp.append(int((pred & truth).sum()))
         fp.append(int((pred & ~truth).sum()))
-        assert tp[-1] + int((~pred & truth).sum()) == truth.sum()
+        fn.append(int((~pred & truth).sum()))
+    assert len({t + f for t, f in zip(tp, fn, strict=True)}) == 1
     return tp, fp
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -123,7 +124,10 @@ def training_step(base: str, side: int, count: int, rounds: int) -> Cost:
 
 
 class Cost(NamedTuple):
-    """Of one call: seconds, and the most bytes that its process held, weights and libraries included."""
+    """Of one call: seconds, and the most bytes that its process held, weights included.
+
+    On a CPU with its libraries; on a GPU what torch had reserved there, without CUDA's own memory.
+    """
 
     seconds: float
     bytes: int
@@ -148,7 +152,7 @@ def _rows(name: str, cost: Cost, goal: float | None) -> list[Row]:
 
 
 def share(base: str, resolution: int, rounds: int) -> Row:
-    """The UNet's share of the card's matrix peak in bf16, compiled, at the batch size that is best without.
+    """The UNet's share of the card's matrix peak in bf16 at the batch size that is best, compiled or not.
 
     Args:
         base: A diffusers folder.
@@ -179,9 +183,12 @@ def share(base: str, resolution: int, rounds: int) -> Row:
             [taken] = race(partial(velocity, *given(count)), rounds=rounds)
         return flops * count / taken
 
-    rates = {count: rate(backbone.velocity, count) for count in BATCHES}
+    rates: dict[int, float] = {}
+    with suppress(torch.OutOfMemoryError):  # of a small card: larger ones are not its best
+        for count in BATCHES:
+            rates[count] = rate(backbone.velocity, count)
     at = max(rates, key=rates.__getitem__)
-    best = rate(torch.compile(backbone.velocity, dynamic=False), at)
+    best = max(rates[at], rate(torch.compile(backbone.velocity, dynamic=False), at))
     peak = PEAKS[known] if known else None
     return Row(
         name=f"UNet at {backbone.resolution} px in bf16, batch {at}, share of the peak of {card}",

@@ -25,7 +25,7 @@ from rlfseg.pipeline.cluster import connect
 from rlfseg.pipeline.pictures import find
 from rlfseg.pipeline.predict import SCHEMA, Finish, Load, Predictor
 from rlfseg.pipeline.rows import RowByRow, Rows
-from rlfseg.pipeline.stages import Stage, run_stage
+from rlfseg.pipeline.stages import Stage, keep_freed_memory, run_stage
 from rlfseg.pipeline.timing import seconds
 
 PHRASES = ["red ring", "blue star"]
@@ -98,6 +98,7 @@ class Loop:
         self.rows, self.out = found.rows.to_pylist()[:count], pictures.parent / "loop.parquet"
         self.load, self.finish = RowByRow(Load(found.read, card.resolution)), RowByRow(Finish(card.threshold))
         self.work = OneThread(str(folder))
+        keep_freed_memory()  # as an actor does: what differs is Ray alone
         self.work(self.load(self.rows[:BATCH]))  # what is made at the first call doesn't count
 
     def __call__(self) -> None:

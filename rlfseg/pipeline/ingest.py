@@ -36,7 +36,7 @@ def group_size(lanes: int) -> int:
     From 8 lanes on, all windows of a step hold as many samples between them: of fewer workers' windows a lane of many
     would have less than one, and read nearly all of it before its first step.
     """
-    return max(ROW_GROUP, 256 * 8 // max(lanes, 8))
+    return max(ROW_GROUP, 256 * 8 // max(lanes, 8) // ROW_GROUP * ROW_GROUP)
 
 
 def steps_per_epoch(counts: NDArray[np.int64], config: TrainConfig) -> int:

@@ -6,12 +6,14 @@ import json
 import time
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 import torch
 
 from rlfseg import cli, flow
 from rlfseg.config import ASSETS, BenchConfig
+from rlfseg.errors import DataError
 from rlfseg.pipeline import baselines, bench_data, bench_model
 from rlfseg.pipeline.bench import Row
 from rlfseg.pipeline.timing import peak_memory, race
@@ -46,6 +48,25 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
     peaks = [peak_memory(way), peak_memory(lambda: None), peak_memory(way)]
     assert peaks[1] < 50e6
     assert all(290e6 < peak < 400e6 for peak in (peaks[0], peaks[2]))
+
+
+def test_a_suite_that_fails_takes_none_of_the_others_rows_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(config: BenchConfig) -> list[Row]:
+        raise DataError("this one fails")
+
+    row = Row(name="a", ours=2.0, baseline=6.0, ratio=3.0, goal=4.0, unit="s")
+    monkeypatch.setattr(bench_data, "measure", lambda config: [row])
+    monkeypatch.setattr(bench_model, "measure", fails)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    assert cli.main("bench", ["data", "model", f"--tracking.uri={uri}", f"--out={tmp_path / 'out'}"]) == 1
+    told = capsys.readouterr()
+    assert "this one fails" in told.err
+    assert "missed" in told.out
+    assert [r["name"] for r in json.loads((tmp_path / "out" / "bench.json").read_text())] == ["a"]
+    [run] = mlflow.MlflowClient(uri).search_runs(["1"])
+    assert (run.data.metrics, run.info.status) == ({"bench/data/a": 3.0}, "FAILED")
 
 
 def test_the_table_the_list_and_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ def test_resume_goes_on_at_the_very_step() -> None:
     assert rest == [own[3 * 4 :] for own in whole]
 
 
-@pytest.mark.parametrize(("lanes", "group"), [(1, 256), (8, 256), (64, 32), (1000, 8)])
+@pytest.mark.parametrize(("lanes", "group"), [(1, 256), (8, 256), (12, 168), (64, 32), (1000, 8)])
 def test_phrases_are_shuffled_well_and_neighbours_come_from_few_groups(lanes: int, group: int) -> None:
     assert group == group_size(lanes)
     counts = np.full(40 * lanes * group, 3)
@@ -240,7 +240,7 @@ def test_latents_read_in_an_epoch_of_phrasecut() -> None:
     images, phrases = 71_746, 310_816
     counts = 1 + np.random.default_rng(0).multinomial(phrases - images, np.ones(images) / images)
     groups = -(-images // encode.ROW_GROUP)
-    for workers, most, before_the_first_step in ((1, 1.0, 0.03), (8, 1.25, 0.25), (64, 1.25, 0.25)):
+    for workers, most, before_the_first_step in ((1, 1.0, 0.03), (8, 1.25, 0.25), (48, 1.25, 0.25), (64, 1.25, 0.25)):
         orders = [
             plan(counts, seed=42, epoch=0, lanes=workers, batch=8, rank=r, world=workers)[:, 0] for r in range(workers)
         ]
