@@ -8,15 +8,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, set_parsing_settings  # type: ignore[attr-defined]
 from pydantic import TypeAdapter, ValidationError
 
 from rlfseg import __version__, config
-from rlfseg.errors import ConfigError, JobError, RlfsegError
+from rlfseg.errors import REFUSED_SOME, ConfigError, JobError, RlfsegError
 
-FAILED, REFUSED_SOME = 1, 3
+FAILED = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,8 @@ COMMANDS: dict[str, Command] = {
         what="segment many pictures by phrases",
         goes_in="a picture, a folder, a glob, a Parquet file with `path` and `phrases`, or a folder of `prepare`",
         comes_out="OUT/data/*.parquet (COCO RLE), OUT/png, OUT/overlays, OUT/refused.json",
-        example="rlfseg predict --images photos --phrases '[dog, red car]' --overlays true --out runs/masks",
+        example="rlfseg predict --adapter runs/a/train-1/adapter --images photos --phrases '[dog, red car]' "
+        "--overlays true --out runs/masks",
     ),
     "export": Command(
         settings=config.ExportConfig,
@@ -176,6 +177,18 @@ COMMANDS: dict[str, Command] = {
 }  # fmt: skip
 
 
+class Parser(ArgumentParser):
+    """Tells where its own words would leave a user alone."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Ends with exit code 2."""
+        if "<class 'tuple'>" in message:
+            message += "; a list is written '[dog, red car]'"
+        if self.prog == "rlfseg submit":
+            message += "; the command and its settings come after `--`"
+        super().error(message, ex)
+
+
 def entry() -> None:
     """`rlfseg COMMAND ...`."""
     arguments = sys.argv[1:]
@@ -249,10 +262,11 @@ def parser(name: str) -> ArgumentParser:
     """The parser of one command."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     command = COMMANDS[name]
-    positional = "".join(f"{p} ... " if p in MANY else f"{p} " for p in command.positional)
-    p = ArgumentParser(
+    given = [f"{p} ..." if p in MANY else p for p in command.positional]
+    parts = ["[--SETTING VALUE ...]", "--", *given] if name == "submit" else [*given, "[--SETTING VALUE ...]"]
+    p = Parser(
         prog=f"rlfseg {name}",
-        usage=f"%(prog)s {positional}[--SETTING VALUE ...]",  # of 40 settings an error is hard to find below
+        usage=f"%(prog)s {' '.join(parts)}",  # of 40 settings an error is hard to find below
         description=f"{command.what[0].upper()}{command.what[1:]}. In: {command.goes_in}. Out: {command.comes_out}. "
         f"Example: {command.example}",
     )

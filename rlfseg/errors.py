@@ -14,6 +14,8 @@ All are shown to users as one line without a traceback.
 
 from __future__ import annotations
 
+REFUSED_SOME = 3  # exit code of a job that is done, but for samples that it refused
+
 
 class RlfsegError(Exception):
     """Base of all; its text is meant for the user."""

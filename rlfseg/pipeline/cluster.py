@@ -86,7 +86,8 @@ def gpus_per_worker(run: WorkersConfig, device: str) -> float:
     have = ray.cluster_resources().get("GPU", 0)
     if device == "cuda" and (not have or run.gpus == 0):
         raise ResourceError(
-            f"device: cuda is asked for, this Ray has {have:g} GPUs and run.gpus is {run.gpus}: a worker would see none"
+            f"device: cuda is asked for, this Ray has {have:g} GPUs and run.gpus is {run.gpus}: a worker would see "
+            "none; unset run.gpus, start Ray on nodes with GPUs, or set device: cpu"
         )
     if run.gpus is not None:
         return run.gpus
@@ -167,4 +168,6 @@ def check_nodes(name: str, settings: Mapping[str, float]) -> None:
         kind, unit = NODES_HAVE[setting.rpartition(".")[2]]
         most = max((node["Resources"].get(kind, 0) / unit for node in alive), default=0)
         if wanted > most:
-            raise ResourceError(f"{name}: {setting}: {wanted:g} for each process, and no node has more than {most:.3g}")
+            raise ResourceError(
+                f"{name}: {setting}: {wanted:g} for each process, and no node has more than {most:.3g}; lower it"
+            )

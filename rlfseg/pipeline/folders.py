@@ -78,11 +78,13 @@ def not_shared(setting: str, place: str) -> ConfigError:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path, name: str = "_lock", wait: float = 0) -> Iterator[None]:
     """Keeps a second start of the same job out of a claimed folder; the lock ends with this process, however it ends.
 
     Args:
         out: A folder that `begin` has claimed.
+        name: File of the lock.
+        wait: For another process to end, in seconds.
 
     Yields:
         Nothing, while no other process works in the folder.
@@ -90,7 +92,7 @@ def alone(out: Path) -> Iterator[None]:
     Raises:
         DataError: Another process does.
     """
-    lock = FileLock(out / "_lock", timeout=0, fallback_to_soft=False)  # a soft one would outlive a process killed
+    lock = FileLock(out / name, timeout=wait, fallback_to_soft=False)  # a soft one would outlive a process killed
     with ExitStack() as held:
         try:
             held.enter_context(lock)
@@ -132,8 +134,12 @@ def require_finished(folder: Path) -> Row:
     """
     path = folder / "_SUCCESS.json"
     if not path.is_file():
-        state = "unfinished: start the same command again" if (folder / STARTED).exists() else "not an rlfseg folder"
-        raise DataError(f"{folder} is {state} (no _SUCCESS.json)")
+        if (folder / STARTED).exists():
+            raise DataError(f"{folder} is unfinished: start the same command again (no _SUCCESS.json)")
+        raise DataError(
+            f"{folder} is not an rlfseg folder (no _SUCCESS.json); `rlfseg prepare --source hdf5 --path {folder} --out "
+            "...` takes files of others in"
+        )
     return read_json(path)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +28,8 @@ from rlfseg.errors import BadSample, DataError, ResourceError, RlfsegError
 from rlfseg.metrics import Sums
 from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.cluster import hide_unreserved_gpus
-from rlfseg.pipeline.folders import unseen, write_json
+from rlfseg.pipeline.curve import CURVE, append, spared
+from rlfseg.pipeline.folders import alone, unseen, write_json
 from rlfseg.pipeline.ingest import batches, steps_per_epoch
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import LoadSample, askable, open_samples
@@ -41,8 +41,8 @@ SHOWN = 4  # validation pictures on an overlay sheet
 SCORE = "score"  # what the best checkpoints are chosen by
 MEANS = ("loss", "lr", "grad_norm")  # over steps and phrases
 SHOWN_FIGURES = (*MEANS, "chose_refined")
-TAIL = 4096  # bytes of the curve that hold its last rows
-CURVE, SKIPPED, LEFT_OUT = "curve.jsonl", "skipped.jsonl", "left_out.json"
+SKIPPED, LEFT_OUT = "skipped.jsonl", "left_out.json"
+ORPHANS_S = 300.0  # until workers of a driver that was killed are gone
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -86,8 +86,11 @@ class Stop(Exception):
 
 def work(loop_config: Row) -> RlfsegError | None:
     """What Ray Train runs; returns an error on which all ranks agree, so that it isn't tried again."""
+    job, first = loop_config["job"], ray.train.get_context().get_world_rank() == 0
     try:
-        Loop(loop_config["job"]).run()
+        # Those of a driver that was killed may go on for a while; the other ranks wait for the first before they load
+        with alone(job.out, "_lock-workers", wait=ORPHANS_S) if first else nullcontext():
+            Loop(job).run()
     except Stop as stop:
         return stop.error
     return None
@@ -220,11 +223,12 @@ class Loop:
     # --- steps that were skipped -------------------------------------------------------------------------------
 
     def _note_skipped(self, step: Sequence[Batch], figures: Figures) -> None:
-        """Writes down which phrases were in a batch whose loss is not finite, on whatever rank."""
-        bad = [i for b in step for i in b.ids] if not math.isfinite(figures["loss"]) else []
-        ids = [i for part in self._from_all(bad) for i in part]
+        """Writes down the phrases of ranks whose loss is not finite; of all where that of none is, but a gradient."""
+        parts = self._from_all(([i for b in step for i in b.ids], math.isfinite(figures["loss"])))
+        bad = [own for own, is_finite in parts if not is_finite] or [own for own, _ in parts]
+        ids = [i for own in bad for i in own]
         if self.rank == 0:
-            _append(self.job.out / SKIPPED, {"step": self.state.step_number, "phrases": ids})
+            append(self.job.out / SKIPPED, {"step": self.state.step_number, "phrases": ids})
         self.recorded.log_metrics({"train/skipped": 1.0}, self.state.step_number)
 
     def _diverged(self, figures: Figures) -> DataError:
@@ -296,7 +300,7 @@ class Meter:
         row |= {"samples_per_second": speed, "workers": float(len(parts))}
         self.recorded.log_metrics({f"train/{k}": v for k, v in row.items()}, step)
         if self.out:
-            _append(self.out / CURVE, {"step": step, **row})
+            append(self.out / CURVE, {"step": step, **row})
 
     def _own(self) -> Figures:
         """This rank's part of each mean, and its counts of labels."""
@@ -359,41 +363,3 @@ def _card(job: Job) -> Card:
         run_id=job.run_id or "",
         config=without_passwords(as_dict(config)),
     )
-
-
-@contextmanager
-def spared(path: Path) -> Iterator[None]:
-    """A training is worth more than a file that shows how it goes: where that can't be written, it goes on."""
-    try:
-        yield
-    except OSError as error:
-        logger.warning("%s can't be written, the training goes on: %s", path, error)
-
-
-def _append(path: Path, row: Row) -> None:
-    with spared(path), path.open("a") as lines:
-        lines.write(json.dumps(row) + "\n")
-
-
-def latest(out: Path) -> Row:
-    """The last whole row of the curve, read from its end: a driver asks twice a second."""
-    with suppress(OSError), (out / CURVE).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-        for line in reversed(file.read().splitlines()):
-            with suppress(ValueError):  # half written
-                row: Row = json.loads(line)
-                return row
-    return {}
-
-
-def read_curve(out: Path) -> list[Row]:
-    """The training's curve, a row every `log_every` steps; a repeated step counts once, a line cut by a death not."""
-    rows: dict[int, Row] = {}
-    path = out / CURVE
-    for line in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-            rows[row["step"]] = row
-        except (ValueError, KeyError):
-            continue
-    return [rows[k] for k in sorted(rows)]

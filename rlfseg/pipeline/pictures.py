@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from rlfseg import hdf5, images
 from rlfseg.errors import BadSample, ConfigError, DataError
 from rlfseg.pipeline import fetch
-from rlfseg.pipeline.folders import STARTED, stamp
+from rlfseg.pipeline.folders import STARTED, not_shared, stamp
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples
 from rlfseg.results import checked_phrase
@@ -93,13 +93,14 @@ def find(
         rows = [_picture(file) for file in files]
         if not phrases:
             raise ConfigError(_silent(rows[0]["id"]))
-        return _made(files, rows, OfFiles(phrases, pixels))
+        return _made(files, rows, OfFiles(phrases, pixels, root=_root(rows)))
     odd = next((file for file in files if not _is_text(file)), None)
     if odd is not None:
         raise DataError(f"images: {odd!a}: its name isn't UTF-8; rename it")
     if "HDF5 files" in kinds:
         return _made(files, _hdf5_rows(list(files)), OfShards(Path("/"), phrases))
-    return _made(files, _listed(files, column, phrases), OfFiles(phrases, pixels, versions=files))
+    rows = _listed(files, column, phrases)
+    return _made(files, rows, OfFiles(phrases, pixels, versions=files, root=_root(rows)))
 
 
 def _made(files: Files, rows: list[Row], read: OfFiles | OfShards) -> Pictures:
@@ -153,6 +154,15 @@ def _name(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2]
 
 
+def _root(rows: list[Row]) -> Path | None:
+    """The folder that holds all pictures, which every node must see; None where some are elsewhere, or at a URL."""
+    first, last = min(row["id"] for row in rows), max(row["id"] for row in rows)  # what they share, all in between do
+    if "://" in first or "://" in last:
+        return None
+    root = Path(os.path.commonpath([os.path.dirname(first), os.path.dirname(last)]))
+    return root if root != Path("/") and root.is_dir() else None
+
+
 def _hidden(path: str) -> bool:
     return _name(path).startswith(".")
 
@@ -186,10 +196,17 @@ class OfFiles:
         phrases: To ask of every picture, after its own.
         pixels: Largest height times width.
         versions: What changes when a Parquet file does.
+        root: Folder that holds all pictures, where there is one.
     """
 
-    def __init__(self, phrases: list[str], pixels: int = images.MAX_PIXELS, versions: Files | None = None):
-        self.phrases, self.pixels, self.versions = phrases, pixels, versions or {}
+    def __init__(
+        self,
+        phrases: list[str],
+        pixels: int = images.MAX_PIXELS,
+        versions: Files | None = None,
+        root: Path | None = None,
+    ):
+        self.phrases, self.pixels, self.versions, self.root = phrases, pixels, versions or {}, root
 
     def __call__(self, row: Row) -> Asked:
         """Decodes one picture.
@@ -203,6 +220,7 @@ class OfFiles:
 
         Raises:
             BadSample: It is missing, too large, or can't be decoded, or its row is bad.
+            ConfigError: This node doesn't see the folder of the pictures.
             DataError: Its disk or server can't be read.
         """
         place = row["id"]
@@ -213,7 +231,12 @@ class OfFiles:
             source = self._embedded(row)
         elif "://" in place:
             source = fetch.of_url(place)
-        image = images.load_image(source, name=place, max_pixels=self.pixels)
+        try:
+            image = images.load_image(source, name=place, max_pixels=self.pixels)
+        except BadSample as error:
+            if self.root and not self.root.is_dir():
+                raise not_shared("images", str(self.root)) from error
+            raise
         return image, [*(row.get("captions") or ()), *self.phrases]
 
     def _embedded(self, row: Row) -> bytes:
@@ -345,10 +368,17 @@ class OfShards:
 
         Raises:
             BadSample: It is damaged, or a caption of it is empty.
+            ConfigError: This node doesn't see its file's folder.
         """
         if row.get("bad"):
             raise BadSample(row["bad"], file=row["shard"], sample=row["id"])
-        image = self.reader.image(row["shard"], row["id"])
+        try:
+            image = self.reader.image(row["shard"], row["id"])
+        except BadSample as error:
+            folder = (self.reader.folder / row["shard"]).parent
+            if not folder.is_dir():
+                raise not_shared("images", str(folder)) from error
+            raise
         captions = self.phrases or self.reader.captions(row["shard"], row["id"])
         try:
             return image, [checked_phrase(c) for c in captions]

@@ -20,7 +20,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from rlfseg.config import SubmitConfig
-from rlfseg.errors import ConfigError, DataError, JobError, ResourceError
+from rlfseg.errors import REFUSED_SOME, ConfigError, DataError, JobError, ResourceError
 
 LIMIT_MIB = 100  # of what the Jobs API takes; Ray itself says only that the body is too large
 STOPPED = 143  # what a shell says of a process that was asked to end
@@ -116,7 +116,7 @@ def _client(address: str | None) -> JobSubmissionClient:
         reason = str(error).strip().partition("\n")[0]
         raise ResourceError(
             f"address: no job server at {where} takes us ({reason}); give --address http://HEAD:8265 and, where "
-            "RAY_AUTH_MODE is `token`, the cluster's token in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            "the cluster wants a token, RAY_AUTH_MODE=token with it in RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
         ) from error
 
 
@@ -142,6 +142,10 @@ def _end(client: JobSubmissionClient, job: str) -> JobDetails:
 def _judge(job: str, end: JobDetails) -> None:
     if end.status == JobStatus.STOPPED:
         raise JobError(f"job {job} was stopped", code=STOPPED)
+    if end.driver_exit_code == REFUSED_SOME:
+        raise JobError(
+            f"job {job} is done; what it has refused stands above (Ray says {end.status})", code=REFUSED_SOME
+        )
     if end.status != JobStatus.SUCCEEDED:
         lines = (end.message or "").strip().splitlines() or [""]
         # Ray's own words are the first line, then come the job's last ones; the job may say better what it was

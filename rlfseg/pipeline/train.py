@@ -24,6 +24,7 @@ from rlfseg.hub import resolve_base
 from rlfseg.pipeline.causes import our_cause
 from rlfseg.pipeline.checkpoints import SEAL, Store
 from rlfseg.pipeline.cluster import arithmetic, check_budget, check_nodes, connect, lacks, nodes, where
+from rlfseg.pipeline.curve import latest, read_curve, spared
 from rlfseg.pipeline.folders import (
     STARTED,
     alone,
@@ -36,7 +37,7 @@ from rlfseg.pipeline.folders import (
     write_json,
 )
 from rlfseg.pipeline.ingest import steps_per_epoch
-from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, latest, read_curve, spared, work
+from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, work
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import open_samples

@@ -42,13 +42,13 @@ def _title(process: psutil.Process) -> str:
         return ""
 
 
-def kill_driver(driver: subprocess.Popen[str]) -> None:
-    """And waits for its workers: they go on until their Ray sees that it is gone."""
+def kill_driver(driver: subprocess.Popen[str], *, wait: bool = True) -> None:
+    """Its workers go on until their Ray sees that it is gone; `wait` until then."""
     orphans = workers(driver)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.communicate()
-    _, alive = psutil.wait_procs(orphans, timeout=120)
-    assert not alive
+    _, alive = psutil.wait_procs(orphans, timeout=120 * wait)
+    assert not (wait and alive)
 
 
 @pytest.mark.usefixtures("clock")
@@ -62,9 +62,14 @@ def test_a_worker_is_killed(
     time.sleep(later)
     victims = workers(driver)
     assert len(victims) == 2
+    saved = training.saved()
+    assert training.step() < STEPS
     victims[step % 2].kill()
     training.finish(driver)
     training.check_like(undisturbed)
+    assert (
+        int(training.logged()[1]["rlfseg.started_at_step"]) >= saved
+    )  # where it goes on; the tag is of the last start
 
 
 @pytest.mark.usefixtures("clock")
@@ -79,10 +84,22 @@ def test_the_driver_is_killed(
     time.sleep(later)
     kill_driver(driver)
     assert not (training.out / "_SUCCESS.json").exists()
-    saved = max((json.loads((c / "progress.json").read_text())["step"] for c in training.whole()), default=0)
+    saved = training.saved()
     training.finish()
     training.check_like(undisturbed)
     assert int(training.logged()[1]["rlfseg.started_at_step"]) == saved
+
+
+@pytest.mark.usefixtures("clock")
+def test_started_again_at_once_it_waits_for_the_workers_of_the_killed_driver(
+    undisturbed: Training, latents: Path, root: Path, tmp_path: Path
+) -> None:
+    training = Training(root, latents, tmp_path / "train")
+    driver = training.start()
+    training.wait_for(5, driver)
+    kill_driver(driver, wait=False)
+    training.finish()
+    training.check_like(undisturbed)
 
 
 @pytest.mark.usefixtures("clock")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rlfseg.pipeline.loop import read_curve
+from rlfseg.pipeline.curve import read_curve
 from tests.drills.test_cluster import started
 from tests.drills.training import STEPS, Training
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 
 from rlfseg.pipeline.checkpoints import damage
-from rlfseg.pipeline.loop import read_curve
+from rlfseg.pipeline.curve import read_curve
 
 STEPS = 14  # into the second epoch
 
@@ -55,6 +55,10 @@ class Training:
     def whole(self) -> list[Path]:
         """The checkpoints whose seals hold."""
         return [c for c in self.checkpoints() if damage(c) is None]
+
+    def saved(self) -> int:
+        """Steps of the newest of them."""
+        return max((json.loads((c / "progress.json").read_text())["step"] for c in self.whole()), default=0)
 
     def last_weights(self) -> bytes:
         """Of the newest checkpoint."""

@@ -323,9 +323,12 @@ def test_an_error_in_the_making_of_the_work_is_one_of_ours_and_claims_no_folder(
 @pytest.mark.parametrize(
     ("run", "told"),
     [
-        (WorkersConfig(cpus=6), "count: run.cpus: 6 for each process, and no node has more than 4"),
-        (WorkersConfig(gpus=1), "count: run.gpus: 1 for each process, and no node has more than 0.5"),
-        (WorkersConfig(memory_gb=20), "count: run.memory_gb: 20 for each process, and no node has more than 16"),
+        (WorkersConfig(cpus=6), "count: run.cpus: 6 for each process, and no node has more than 4; lower it"),
+        (WorkersConfig(gpus=1), "count: run.gpus: 1 for each process, and no node has more than 0.5; lower it"),
+        (
+            WorkersConfig(memory_gb=20),
+            "count: run.memory_gb: 20 for each process, and no node has more than 16; lower it",
+        ),
     ],
 )
 def test_a_process_that_no_node_has_the_room_for_is_refused(

@@ -69,6 +69,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     [
         (JobStatus.SUCCEEDED, 0, 0),
         (JobStatus.FAILED, 2, 2),
+        (JobStatus.FAILED, 3, 3),  # done, but for what it has refused
         (JobStatus.FAILED, None, 1),  # it never started
         (JobStatus.FAILED, -9, 137),  # killed, for want of memory for example
         (JobStatus.STOPPED, None, 143),
@@ -84,7 +85,9 @@ def test_the_exit_code_is_the_jobs(
     assert server.asked["entrypoint"] == "python -m jobs.train --out 'a b'"
     said = capsys.readouterr()
     assert "what job-1 prints" in said.out
-    if status == JobStatus.FAILED:
+    if code == 3:
+        assert "job job-1 is done; what it has refused stands above" in said.err
+    elif status == JobStatus.FAILED:
         assert said.err.strip().endswith("the cause")
 
 

@@ -24,9 +24,10 @@ from rlfseg.hdf5 import Labelled, Sample
 from rlfseg.metrics import Sums
 from rlfseg.pipeline import loop, train
 from rlfseg.pipeline.checkpoints import Store
+from rlfseg.pipeline.curve import CURVE, read_curve
 from rlfseg.pipeline.folders import write_json
 from rlfseg.pipeline.ingest import batches
-from rlfseg.pipeline.loop import CURVE, MEANS, SKIPPED, Job, Loop, Meter, Stop, read_curve
+from rlfseg.pipeline.loop import MEANS, SKIPPED, Job, Loop, Meter, Stop
 from rlfseg.pipeline.sources import open_source
 from rlfseg.segmenter import Segmenter
 from rlfseg.training import TrainState
@@ -259,7 +260,7 @@ def test_what_the_network_makes_nan_of_is_drawn_empty() -> None:
     backbone = Backbone.load(TINY)
     backbone.add_lora(LORA)
     backbone.trainable()[0].data.fill_(math.nan)
-    state: Any = SimpleNamespace(backbone=backbone, step_number=1)
+    state: Any = SimpleNamespace(backbone=backbone, step_number=1, config=TrainConfig(out=""))
     scene = draw_scene(0)
     held_out = training.Labelled(image=scene.image, phrases=["ring"], masks=scene.phrases[0].mask[None])
     assert loop._sheet(state, Card(base="tiny", resolution=64), [held_out]).ndim == 3

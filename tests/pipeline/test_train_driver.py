@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,8 +28,9 @@ from rlfseg.errors import ConfigError, DataError, ResourceError
 from rlfseg.hdf5 import Labelled, Sample, build_index, write_shard
 from rlfseg.pipeline import cluster, loop, train
 from rlfseg.pipeline.checkpoints import Store
-from rlfseg.pipeline.folders import write_json
-from rlfseg.pipeline.loop import CURVE, Job, latest
+from rlfseg.pipeline.curve import CURVE, latest
+from rlfseg.pipeline.folders import alone, write_json
+from rlfseg.pipeline.loop import Job
 from rlfseg.training import PROGRESS, TrainState
 from tests.tracked import stand_in, start
 
@@ -324,6 +329,35 @@ def test_a_worker_larger_than_any_node_is_refused(
 ) -> None:
     monkeypatch.setattr(train, "check_nodes", cluster.check_nodes)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
-    with pytest.raises(ResourceError, match=r"^train: cpus: 16 for each process, and no node has more than 8$"):
+    with pytest.raises(
+        ResourceError, match=r"^train: cpus: 16 for each process, and no node has more than 8; lower it$"
+    ):
         train.run(settings(samples, tmp_path / "out", cpus=16))
     started(settings(samples, tmp_path / "out", cpus=8))
+
+
+# --- a driver that was killed -------------------------------------------------------------------------------------
+
+
+def test_the_first_worker_waits_for_those_of_a_driver_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, began = threading.get_ident(), queue.Queue[str]()
+    rank = SimpleNamespace(get_world_rank=lambda: int(threading.get_ident() == main))
+    monkeypatch.setattr("ray.train.get_context", lambda: rank)
+    monkeypatch.setattr(loop, "Loop", lambda job: SimpleNamespace(run=lambda: began.put(job.name)))
+    with ThreadPoolExecutor(1) as thread:
+        with alone(tmp_path, "_lock-workers"):
+            first = thread.submit(loop.work, {"job": SimpleNamespace(out=tmp_path, name="first")})
+            assert loop.work({"job": SimpleNamespace(out=tmp_path, name="second")}) is None
+            assert began.get(timeout=60) == "second"
+            assert not first.done()
+        assert first.result(timeout=60) is None
+    assert began.get_nowait() == "first"
+
+
+def test_workers_that_never_end_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "ORPHANS_S", 0.1)
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    with alone(tmp_path, "_lock-workers"), pytest.raises(DataError, match="this job runs already"):
+        loop.work({"job": SimpleNamespace(out=tmp_path)})
