@@ -3,7 +3,8 @@ r"""Choose threshold and eps on a validation split and write them into the adapt
 In: an adapter folder and a folder of `prepare`.
 Out: the adapter's rlfseg.yaml, OUT/calibration.json, OUT/calibration.png.
 
-    ray job submit --working-dir . -- \
+    ray job submit --working-dir . \
+        --runtime-env-json '{"env_vars": {"MLFLOW_TRACKING_URI": "http://HEAD:5000"}}' -- \
         python -m jobs.calibrate --adapter /nfs/a/train-1/adapter --samples /nfs/a/val --out /nfs/a/calibration
 """
 

@@ -4,7 +4,8 @@ In: a picture, a folder, a glob, a Parquet file with `path` and `phrases`, or a 
 Out: OUT/data/*.parquet (COCO RLE), OUT/png, OUT/overlays, OUT/refused.json.
 
     ray job submit --working-dir . -- \
-        python -m jobs.predict --images /nfs/photos --phrases '[dog, red car]' --overlays true --out /nfs/masks
+        python -m jobs.predict --adapter /nfs/a/train-1/adapter --images /nfs/photos --phrases '[dog, red car]' \
+        --overlays true --out /nfs/masks
 """
 
 import sys

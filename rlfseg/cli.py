@@ -275,7 +275,9 @@ def parser(name: str) -> ArgumentParser:
     )
     p.add_class_arguments(command.settings, skip=set(command.positional))
     for setting, what in command.positional.items():
-        p.add_argument(setting, type=str, nargs=MANY.get(setting), help=what)
+        many = MANY.get(setting)
+        none: dict[str, Any] = {"default": []} if many == "*" else {}
+        p.add_argument(setting, type=str, nargs=many, help=what, **none)
     return p
 
 

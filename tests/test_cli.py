@@ -83,3 +83,23 @@ def test_an_unknown_setting_is_an_error(capsys: pytest.CaptureFixture[str]) -> N
         cli.main("train", ["--out", "a", "--no_such_setting", "1"])
     assert stopped.value.code == 2
     assert "no_such_setting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "told"),
+    [
+        ("predict", ["--images=a", "--phrases=dog", "--out=b"], r"phrases.*a list is written '\[dog, red car\]'$"),
+        ("submit", ["train", "--latents", "x"], "the command and its settings come after `--`$"),
+    ],
+)
+def test_what_a_parser_would_leave_a_user_alone_with(
+    name: str, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.parse(name, words)
+    assert ended.value.code == 2
+    assert re.search(told, capsys.readouterr().err.strip(), re.DOTALL)
+
+
+def test_the_bench_measures_all_that_is_not_named() -> None:
+    assert (list(cli.parse("bench", []).what), list(cli.parse("bench", ["sd"]).what)) == ([], ["sd"])

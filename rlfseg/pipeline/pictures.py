@@ -134,7 +134,8 @@ def _files(source: str) -> Files:
         else:
             found, wanted = fs.glob(path, detail=True).values(), KNOWN | {_suffix(path)} - {""}
     except ImportError as error:
-        raise ConfigError(f"images: {source}: {error}; pip install 'rlfseg[s3]' brings what s3:// needs") from error
+        fix = "`pip install -c constraints.txt '.[s3]'` in the checkout, on every node, brings what s3:// needs"
+        raise ConfigError(f"images: {source}: {error}; {fix}") from error
     except Exception as error:  # each file system raises its own library's errors
         raise DataError(f"images: {source} can't be listed: {error}") from error
     local = "file" in (fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,))
