@@ -6,7 +6,7 @@
 #
 # PhraseCut itself is not downloaded for you: docs/data.md says where it is and how its folder, $DATA, must look.
 set -euo pipefail
-# https://github.com/facebookresearch/segment-anything#model-checkpoints
+# SAM's checkpoint: https://github.com/facebookresearch/segment-anything#model-checkpoints
 STORE=${STORE:?a folder that every node sees, with sam_vit_h_4b8939.pth in it}
 DATA=${DATA:?the folder of refer_train.json, image_data_split.json and images/}
 # Without it each job would record into a file of its own, which goes when the job does

@@ -226,8 +226,9 @@ class Segmenter:
             self.squares(z1[:1], [["warm-up"] * n], sampling=sampling)
 
 
-# Of a function: each of the sizes under each sampling. Beyond its 8, torch would go on uncompiled without a word
-RECOMPILE_LIMIT = 64
+# Of a function, for all models of a process: each of the sizes under each sampling and eps. Beyond its 8, torch would
+# go on uncompiled without a word
+RECOMPILE_LIMIT = 256
 
 
 def few_shapes(function: Callable[..., Any], most: int, device: str) -> Callable[..., Any]:

@@ -161,7 +161,7 @@ class TrainState:
         device, config = self.backbone.device, self.config
         of_batch = (batch.z1, batch.z0, batch.z0_refined)
         z1, z0, z0_refined = (z.to(device, torch.float32, non_blocking=True) for z in of_batch)
-        has_refined = batch.has_refined.to(device, non_blocking=True)
+        has_refined = known = batch.has_refined.to(device, non_blocking=True)
         if config.selection == "original":
             has_refined = torch.zeros_like(has_refined)
         elif config.selection == "refined":
@@ -180,7 +180,7 @@ class TrainState:
                 v_frozen=self.backbone.velocity,
                 few_calls=device != "cpu",
             )
-        return losses, batch.has_refined if config.selection == "refined" else chose_refined
+        return losses, known if config.selection == "refined" else chose_refined
 
     def validate(self, samples: Iterable[Labelled], card: Card) -> tuple[Sums, int]:
         """Sums of all measures of one-step masks at original size, threshold as in the card.
@@ -192,14 +192,17 @@ class TrainState:
         Returns:
             The sums, and for how many phrases the network gave NaN, which count as an empty mask.
         """
-        # No more at once than in a step, for which a GPU's memory may be just enough
-        sums, failed, segmenter = Sums(), 0, Segmenter(self.backbone, card, max_batch=self.config.batch_size)
+        sums, failed, segmenter = Sums(), 0, self.segmenter(card)
         for sample in samples:
             results = segmenter.segment([sample.image], [sample.phrases], sampling=SamplingConfig())[0]
             for result, mask in zip(results, sample.masks, strict=True):
                 failed += result.failed
                 sums.add(np.zeros(mask.shape, np.float32) if result.failed else result.score, mask, result.threshold)
         return sums, failed
+
+    def segmenter(self, card: Card) -> Segmenter:
+        """With the weights as they are now; beside a training that has a GPU's memory it takes few phrases at once."""
+        return Segmenter(self.backbone, card, max_batch=min(32, self.config.batch_size))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

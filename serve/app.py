@@ -25,7 +25,7 @@ from ray.serve.exceptions import RayServeException
 
 from rlfseg.config import LOOPBACK, ServeConfig, WorkersConfig
 from rlfseg.errors import ConfigError, ServiceError
-from rlfseg.pipeline.cluster import check_budget, gpus_per_worker, named_ray, start_ray
+from rlfseg.pipeline.cluster import check_budget, gpus_per_worker, join_ray, named_ray, start_ray
 from serve.catalog import Catalog
 from serve.front import Front
 from serve.guard import Keys
@@ -164,8 +164,8 @@ def _join_ray(config: ServeConfig) -> bool:
     """Whether it is a Ray of our own."""
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # 5 are too few on a busy machine
     os.environ.setdefault(CALLBACK, "serve.proxy.middlewares")
-    if named_ray():
-        ray.init()
+    if remote := named_ray():
+        join_ray(remote)
         return False
     room = 8 + (config.max_replicas or config.replicas) + config.fronts  # logical: a batch beside the service
     start_ray(

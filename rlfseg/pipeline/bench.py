@@ -80,7 +80,11 @@ def run(config: BenchConfig) -> Summary:
     write_json(out / "bench.json", [])
     figures: dict[str, float] = {}
     with tracking.Run.start(
-        config.tracking, params=as_dict(config), run_name=f"bench-{'-'.join(suites)}", tags={"rlfseg.stage": "bench"}
+        config.tracking,
+        params=as_dict(config),
+        run_name=f"bench-{'-'.join(suites)}",
+        tags={"rlfseg.stage": "bench"},
+        system_metrics=False,  # which would be measured, too
     ) as recorded:
         try:
             for name in suites:

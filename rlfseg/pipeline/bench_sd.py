@@ -24,6 +24,7 @@ from rlfseg.backbone import Backbone
 from rlfseg.config import BackboneConfig, BenchConfig, FastConfig, LoraConfig, TrainConfig
 from rlfseg.datasets.shapes import draw_scene
 from rlfseg.device import choose_device
+from rlfseg.errors import ResourceError
 from rlfseg.pipeline import random_models
 from rlfseg.pipeline.bench import Row
 from rlfseg.pipeline.timing import Way, high_water, race, seconds
@@ -184,11 +185,15 @@ def share(base: str, resolution: int, rounds: int) -> Row:
         return flops * count / taken
 
     rates: dict[int, float] = {}
-    with suppress(torch.OutOfMemoryError):  # of a small card: larger ones are not its best
-        for count in BATCHES:
+    for count in BATCHES:
+        with suppress(torch.OutOfMemoryError):  # of a small card: larger ones are not its best
             rates[count] = rate(backbone.velocity, count)
+    if not rates:
+        raise ResourceError(f"bench sd: the memory of {card} takes no UNet of SD v1.5 at {resolution} px")
     at = max(rates, key=rates.__getitem__)
-    best = max(rates[at], rate(torch.compile(backbone.velocity, dynamic=False), at))
+    with suppress(torch.OutOfMemoryError):
+        rates[at] = max(rates[at], rate(torch.compile(backbone.velocity, dynamic=False), at))
+    best = rates[at]
     peak = PEAKS[known] if known else None
     return Row(
         name=f"UNet at {backbone.resolution} px in bf16, batch {at}, share of the peak of {card}",

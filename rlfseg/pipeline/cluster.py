@@ -13,6 +13,7 @@ import ray
 from rlfseg.config import WorkersConfig
 from rlfseg.errors import ResourceError
 
+NEW = "local"  # in $RAY_ADDRESS, Ray's own word for a new one
 QUIET: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
 NODES_HAVE = {"cpus": ("CPU", 1), "gpus": ("GPU", 1), "memory_gb": ("memory", 2**30)}  # as Ray has it, and its unit
 
@@ -23,7 +24,7 @@ def connect() -> None:
     if not ray.is_initialized():
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part tells users what only its makers can use
         if remote := named_ray():
-            _join(remote)
+            join_ray(remote, **QUIET)
         else:  # Ray guards what it starts here by a token; given one, it writes none into the user's home
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)  # it would tell how to undo that
@@ -34,10 +35,19 @@ def connect() -> None:
     context.execution_options.verbose_progress = False
 
 
-def _join(remote: str) -> None:
+def join_ray(remote: str, **options: Any) -> None:
+    """Joins a Ray by `ray.init`.
+
+    Args:
+        remote: What `named_ray` gave.
+        **options: Of `ray.init`.
+
+    Raises:
+        ResourceError: Nobody is there, or of another version of Ray or Python, or it is no address.
+    """
     try:
-        ray.init(**QUIET)
-    except (ConnectionError, RuntimeError, ValueError) as error:  # nobody there; another Ray or Python; no address
+        ray.init(**options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
         told = " ".join(str(error).split())[:300]
         raise ResourceError(f"RAY_ADDRESS: the Ray at {remote} can't be joined: {told}") from error
 
@@ -51,9 +61,13 @@ def start_ray(**options: Any) -> None:
     Raises:
         ResourceError: `ray start` has left word of one on this machine, which `init` would join instead.
     """
+    if os.environ.get("RAY_ADDRESS") == NEW:
+        options["address"] = os.environ.pop("RAY_ADDRESS")  # processes of the new one are to find that one
     try:
         ray.init(**options)
-    except ValueError as error:  # one that is joined takes no number of CPUs
+    except ValueError as error:
+        if "existing cluster" not in str(error):
+            raise
         raise ResourceError(
             "RAY_ADDRESS: not set, and `ray start` has started a Ray on this machine: RAY_ADDRESS=auto joins it, "
             "RAY_ADDRESS=local starts another"
@@ -63,7 +77,7 @@ def start_ray(**options: Any) -> None:
 def named_ray() -> str:
     """The Ray that $RAY_ADDRESS says to join, "" where it says none; ResourceError where it names a job server."""
     named = os.environ.get("RAY_ADDRESS", "")
-    if named == "local":  # Ray's own word for a new one
+    if named == NEW:
         return ""
     if named.startswith("http"):
         raise ResourceError(f"RAY_ADDRESS: {named} is a job server, for `rlfseg submit`; give HOST:6379 or unset it")

@@ -112,7 +112,7 @@ def unclaim(out: Path, error: BaseException | None, begun: Callable[[], object])
         begun: Tells whether there is anything to keep.
     """
     if isinstance(error, ConfigError | ModelError) and not begun():
-        shutil.rmtree(out)
+        shutil.rmtree(out, ignore_errors=True)  # on NFS our own lock keeps it, empty, which is as good
 
 
 def finish(out: Path, identity: Row, counts: Row) -> None:
@@ -136,10 +136,9 @@ def require_finished(folder: Path) -> Row:
     if not path.is_file():
         if (folder / STARTED).exists():
             raise DataError(f"{folder} is unfinished: start the same command again (no _SUCCESS.json)")
-        raise DataError(
-            f"{folder} is not an rlfseg folder (no _SUCCESS.json); `rlfseg prepare --source hdf5 --path {folder} --out "
-            "...` takes files of others in"
-        )
+        files = next(folder.glob("*.h5"), None)
+        fix = f"; `rlfseg prepare --source hdf5 --path {folder} --out ...` takes files of others in" if files else ""
+        raise DataError(f"{folder} is not an rlfseg folder (no _SUCCESS.json){fix}")
     return read_json(path)
 
 

@@ -6,8 +6,8 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +34,6 @@ from rlfseg.pipeline.ingest import batches, steps_per_epoch
 from rlfseg.pipeline.rows import Row
 from rlfseg.pipeline.samples import LoadSample, askable, open_samples
 from rlfseg.pipeline.sources import Source, open_source
-from rlfseg.segmenter import Segmenter
 from rlfseg.training import Batch, Labelled, TrainState
 
 SHOWN = 4  # validation pictures on an overlay sheet
@@ -42,7 +41,7 @@ SCORE = "score"  # what the best checkpoints are chosen by
 MEANS = ("loss", "lr", "grad_norm")  # over steps and phrases
 SHOWN_FIGURES = (*MEANS, "chose_refined")
 SKIPPED, LEFT_OUT = "skipped.jsonl", "left_out.json"
-ORPHANS_S = 300.0  # until workers of a driver that was killed are gone
+ORPHANS_S = 120.0  # that are waited for
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -86,14 +85,29 @@ class Stop(Exception):
 
 def work(loop_config: Row) -> RlfsegError | None:
     """What Ray Train runs; returns an error on which all ranks agree, so that it isn't tried again."""
-    job, first = loop_config["job"], ray.train.get_context().get_world_rank() == 0
+    job = loop_config["job"]
     try:
-        # Those of a driver that was killed may go on for a while; the other ranks wait for the first before they load
-        with alone(job.out, "_lock-workers", wait=ORPHANS_S) if first else nullcontext():
+        # The other ranks wait for the first before they load anything
+        with _without_orphans(job.out) if ray.train.get_context().get_world_rank() == 0 else nullcontext():
             Loop(job).run()
     except Stop as stop:
         return stop.error
     return None
+
+
+@contextmanager
+def _without_orphans(out: Path) -> Iterator[None]:
+    """Waits for the workers of a driver that was killed, which may go on for a while.
+
+    Not for ever: a lost node leaves the lock behind, on NFSv4 for a minute or two, on v3 until it is back.
+    """
+    with ExitStack() as held:
+        try:
+            if unseen(out) is None:  # else it would be made on this node
+                held.enter_context(alone(out, "_lock-workers", wait=ORPHANS_S))
+        except DataError:
+            logger.warning("%s: workers of an earlier start, or of a lost node, still hold _lock-workers", out)
+        yield
 
 
 class Loop:
@@ -342,7 +356,7 @@ def _held_out(config: TrainConfig, rank: int, world: int) -> tuple[list[Labelled
 
 
 def _sheet(state: TrainState, card: Card, held_out: list[Labelled]) -> np.ndarray:
-    segmenter, cells = Segmenter(state.backbone, card, max_batch=state.config.batch_size), []
+    segmenter, cells = state.segmenter(card), []
     for sample in held_out[:SHOWN]:
         results = segmenter.segment([sample.image], [sample.phrases])[0]
         found = [np.zeros_like(true) if r.failed else r.mask for r, true in zip(results, sample.masks, strict=True)]

@@ -161,7 +161,16 @@ def _root(rows: list[Row]) -> Path | None:
     if "://" in first or "://" in last:
         return None
     root = Path(os.path.commonpath([os.path.dirname(first), os.path.dirname(last)]))
-    return root if root != Path("/") and root.is_dir() else None
+    return root if root != Path("/") and _holds_any(root) else None
+
+
+def _holds_any(folder: Path) -> bool:
+    """Whether this node sees anything in a folder: where nothing is mounted, the place to mount it is empty."""
+    try:
+        with os.scandir(folder) as found:
+            return next(found, None) is not None
+    except OSError:
+        return False
 
 
 def _hidden(path: str) -> bool:
@@ -235,7 +244,7 @@ class OfFiles:
         try:
             image = images.load_image(source, name=place, max_pixels=self.pixels)
         except BadSample as error:
-            if self.root and not self.root.is_dir():
+            if self.root and not _holds_any(self.root):
                 raise not_shared("images", str(self.root)) from error
             raise
         return image, [*(row.get("captions") or ()), *self.phrases]
@@ -377,7 +386,7 @@ class OfShards:
             image = self.reader.image(row["shard"], row["id"])
         except BadSample as error:
             folder = (self.reader.folder / row["shard"]).parent
-            if not folder.is_dir():
+            if not _holds_any(folder):
                 raise not_shared("images", str(folder)) from error
             raise
         captions = self.phrases or self.reader.captions(row["shard"], row["id"])

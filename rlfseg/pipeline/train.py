@@ -36,7 +36,7 @@ from rlfseg.pipeline.folders import (
     weights,
     write_json,
 )
-from rlfseg.pipeline.ingest import steps_per_epoch
+from rlfseg.pipeline.ingest import group_size, steps_per_epoch
 from rlfseg.pipeline.loop import LEFT_OUT, SCORE, SHOWN_FIGURES, Job, work
 from rlfseg.pipeline.progress import Progress
 from rlfseg.pipeline.rows import Row
@@ -84,6 +84,7 @@ def run(config: TrainConfig) -> Summary:
     identity = binding(as_dict(config)) | {"data": source.fingerprint, "val_data": held_out}
     identity |= {"weights": weights(*(base / part for part in ("unet", "vae", "text_encoder")))}
     identity |= {"init": weights(init) if init else None}  # whatever its name: an alias may move
+    identity |= {"shuffled by": group_size(config.workers)} if config.workers > 8 else {}
     state = begin(out, identity)
     if state == "done":
         return _summary(out, require_finished(out), 0.0, resumed=phrases)
@@ -143,7 +144,7 @@ def _ready(config: TrainConfig, out: Path, state: str) -> Store:
         _require_same(store, out / "storage.json")
     except (ConfigError, ResourceError):
         if state == "new":
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)  # on NFS our own lock keeps it, empty, which is as good
         raise
     write_json(out / "storage.json", {"storage": store.shown})
     return store

@@ -23,7 +23,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Path:
     for stage, *flags in (  # refined, so that labels are chosen between
         ("prepare", "--shapes.count=26", "--images_per_shard=13", "--shapes.labels=coarse", f"--out={samples}"),
         ("refine", f"--samples={samples}", "--sam.checkpoint=tiny", "--max_rounds=1", f"--out={refined}"),
-        *[("encode", f"--samples={refined}", "--backbone.base=tiny", "--backbone.resolution=64", f"--out={latents}")],
+        ("encode", f"--samples={refined}", "--backbone.base=tiny", "--backbone.resolution=64", f"--out={latents}"),
     ):
         subprocess.run([sys.executable, "-m", f"jobs.{stage}", *flags], cwd=root, check=True)
     return latents

@@ -63,7 +63,6 @@ def test_a_worker_is_killed(
     victims = workers(driver)
     assert len(victims) == 2
     saved = training.saved()
-    assert training.step() < STEPS
     victims[step % 2].kill()
     training.finish(driver)
     training.check_like(undisturbed)

@@ -16,10 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from ray import cloudpickle
 
 from rlfseg.errors import BadSample, ConfigError, DataError
-from rlfseg.hdf5 import Labelled, Sample, write_shard
 from rlfseg.pipeline.pictures import OfFiles, Pictures, find
 from tests.s3 import point_to
 
@@ -61,30 +59,6 @@ def check(found: Pictures, numbers: list[int], phrases: list[list[str]]) -> None
 
 
 # --- pictures ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["folder", "list", "HDF5"])
-def test_a_node_that_does_not_see_the_pictures_ends_the_job_and_refuses_none_of_them(folder: Path, kind: str) -> None:
-    source = folder
-    if kind == "list":
-        paths = [str(folder / "a.png"), str(folder / "b.PNG")]
-        pq.write_table(pa.table({"path": paths}), source := folder.parent / "list.parquet")
-    elif kind == "HDF5":
-        source = folder.parent / "h5"
-        source.mkdir()
-        sample = Sample(id="a", image=picture(0), phrases=(Labelled(caption="ring", mask=np.ones((4, 9), np.uint8)),))
-        write_shard(source / "a.h5", [sample])
-    found = find(str(source), ASK, "phrases")
-    [row, *_] = found.rows.to_pylist()
-    assert len(found.read(row)) == 2
-    unseen = source if kind == "HDF5" else folder
-    unseen.rename(elsewhere := folder.parent / "elsewhere")  # as on a node where it is not mounted
-    with pytest.raises(ConfigError, match=rf"^images: {unseen} is not seen by .*; all nodes must share it"):
-        cloudpickle.loads(cloudpickle.dumps(found.read))(row)
-    elsewhere.rename(unseen)
-    next(unseen.glob("a.*")).unlink()  # one that is gone is refused alone
-    with pytest.raises(BadSample, match=r"a\.(png|h5)"):
-        cloudpickle.loads(cloudpickle.dumps(found.read))(row)
 
 
 def test_folder_glob_and_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

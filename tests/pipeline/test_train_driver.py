@@ -29,7 +29,7 @@ from rlfseg.hdf5 import Labelled, Sample, build_index, write_shard
 from rlfseg.pipeline import cluster, loop, train
 from rlfseg.pipeline.checkpoints import Store
 from rlfseg.pipeline.curve import CURVE, latest
-from rlfseg.pipeline.folders import alone, write_json
+from rlfseg.pipeline.folders import STARTED, alone, write_json
 from rlfseg.pipeline.loop import Job
 from rlfseg.training import PROGRESS, TrainState
 from tests.tracked import stand_in, start
@@ -346,6 +346,7 @@ def test_the_first_worker_waits_for_those_of_a_driver_that_was_killed(
     rank = SimpleNamespace(get_world_rank=lambda: int(threading.get_ident() == main))
     monkeypatch.setattr("ray.train.get_context", lambda: rank)
     monkeypatch.setattr(loop, "Loop", lambda job: SimpleNamespace(run=lambda: began.put(job.name)))
+    write_json(tmp_path / STARTED, {})
     with ThreadPoolExecutor(1) as thread:
         with alone(tmp_path, "_lock-workers"):
             first = thread.submit(loop.work, {"job": SimpleNamespace(out=tmp_path, name="first")})
@@ -356,8 +357,23 @@ def test_the_first_worker_waits_for_those_of_a_driver_that_was_killed(
     assert began.get_nowait() == "first"
 
 
-def test_workers_that_never_end_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_that_never_end_are_told_and_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on NFS, where the node of the first one was lost."""
+    began: list[int] = []
     monkeypatch.setattr(loop, "ORPHANS_S", 0.1)
+    monkeypatch.setattr(loop, "Loop", lambda job: SimpleNamespace(run=lambda: began.append(1)))
     monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
-    with alone(tmp_path, "_lock-workers"), pytest.raises(DataError, match="this job runs already"):
+    write_json(tmp_path / STARTED, {})
+    with alone(tmp_path, "_lock-workers"):
         loop.work({"job": SimpleNamespace(out=tmp_path)})
+    assert began
+    assert "still hold _lock-workers" in caplog.text
+
+
+def test_a_node_that_does_not_see_out_does_not_make_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "Loop", lambda job: SimpleNamespace(run=lambda: None))
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    loop.work({"job": SimpleNamespace(out=tmp_path / "elsewhere")})
+    assert not (tmp_path / "elsewhere").exists()

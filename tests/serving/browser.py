@@ -8,6 +8,7 @@ import io
 import socket
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -84,10 +85,10 @@ def models(folder: Path) -> dict[str, str]:
 @contextmanager
 def serving(references: dict[str, str], loaded: dict[str, Loaded], keys: Keys | None = None) -> Iterator[str]:
     """The API over HTTP, on a thread of this process and without Ray; yields its address."""
-    engine = Engine(16)
+    engine, network = Engine(16), ThreadPoolExecutor(1)
 
     async def ask(name: str, asked: Ask) -> Answer:
-        [found] = await asyncio.to_thread(engine, [(loaded[name], asked)])
+        [found] = await asyncio.get_running_loop().run_in_executor(network, engine, [(loaded[name], asked)])
         if isinstance(found, Refusal):
             raise found
         return found
