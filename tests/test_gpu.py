@@ -73,9 +73,11 @@ def test_scores_of_many_phrases_do_not_pile_up_on_it() -> None:
     assert peaks[2] - peaks[1] < 2**20  # of 64 MiB
 
 
+@pytest.mark.parametrize("selection", ["dynamic", "refined", "original"])
 @pytest.mark.parametrize(("dtype", "rounding"), [("fp32", 0.01), ("bf16", 0.05)])
-def test_a_training_step_is_that_of_the_cpu_but_for_rounding(dtype: str, rounding: float) -> None:
-    here, there = make(), make(backbone=replace(TINY, device="cuda", dtype=dtype))
+def test_a_training_step_is_that_of_the_cpu_but_for_rounding(dtype: str, rounding: float, selection: str) -> None:
+    here = make(selection=selection)
+    there = make(selection=selection, backbone=replace(TINY, device="cuda", dtype=dtype))
     [batch, *_] = drawn_batches()
     assert there.step(batch)["loss"] == pytest.approx(here.step(batch)["loss"], rel=rounding)
     assert {(w.dtype, w.device.type) for w in there.weights} == {(torch.float32, "cuda")}

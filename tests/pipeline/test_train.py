@@ -260,7 +260,7 @@ def test_what_the_network_makes_nan_of_is_drawn_empty() -> None:
     backbone = Backbone.load(TINY)
     backbone.add_lora(LORA)
     backbone.trainable()[0].data.fill_(math.nan)
-    state: Any = SimpleNamespace(backbone=backbone, step_number=1, config=TrainConfig(out=""))
+    state = TrainState(TrainConfig(out="", latents="", backbone=TINY, lora=LORA), backbone, 2)
     scene = draw_scene(0)
     held_out = training.Labelled(image=scene.image, phrases=["ring"], masks=scene.phrases[0].mask[None])
     assert loop._sheet(state, Card(base="tiny", resolution=64), [held_out]).ndim == 3
