@@ -51,6 +51,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.fault("dist-02")
 @pytest.mark.usefixtures("ray")
 def test_samples_are_encoded_in_the_loop_and_the_best_checkpoint_is_published(
     samples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
