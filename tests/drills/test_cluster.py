@@ -182,7 +182,8 @@ def check_same(one: Path, two: Path) -> None:
     assert adapter(one) == adapter(two)
     assert table(one / "masks", "masks") == table(two / "masks", "masks")
     for results in ("calibration/calibration.json", "test/results.json"):
-        assert (one / results).read_text() == (two / results).read_text()
+        mine, theirs = (json.loads((folder / results).read_text()) | {"what": "has paths"} for folder in (one, two))
+        assert mine == theirs
     assert len(table(two / "masks")) == SCENES
 
 
