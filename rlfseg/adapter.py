@@ -213,20 +213,20 @@ def load(folder: Path, *, device: str = "auto", dtype: str = "auto", base_only: 
     """
     from diffusers import UNet2DConditionModel
 
-    from rlfseg.backbone import Backbone
+    from rlfseg.backbone import Backbone, first_of
 
     card = read_card(folder)
     config = BackboneConfig(base=card.base, resolution=card.resolution, device=device, dtype=dtype)  # type: ignore[arg-type]
     unet = None
     if card.full and not base_only:
         try:
-            unet, found = UNet2DConditionModel.from_pretrained(
+            unet, info = UNet2DConditionModel.from_pretrained(
                 folder / "unet", local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError) as error:
             raise ModelError(f"adapter {folder / 'unet'} can't be loaded as a diffusers UNet: {error}") from error
-        if found["missing_keys"]:
-            raise ModelError(f"adapter {folder / 'unet'} lacks weights: {', '.join(found['missing_keys'][:3])}")
+        if info["missing_keys"]:
+            raise ModelError(f"adapter {folder / 'unet'} lacks weights: {first_of(info['missing_keys'])}")
     backbone = Backbone.load(config, unet=unet)
     if card.base_weights and card.base_weights != (found := weights_hash(backbone.source)):
         raise ModelError(

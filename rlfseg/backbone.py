@@ -271,7 +271,7 @@ class Backbone:
         except UNUSABLE as error:
             raise ModelError(f"adapter {folder} doesn't fit the base {self.source}: {error}") from error
         if missing:
-            raise ModelError(f"adapter {folder} lacks weights for the base {self.source}: {_first(missing)}")
+            raise ModelError(f"adapter {folder} lacks weights for the base {self.source}: {first_of(missing)}")
         if not all(bool(w.any()) for n, w in model.named_parameters() if ".lora_B." in n):
             raise ModelError(f"adapter {folder} has lora_B weights that are zero")
         for weight in (w for n, w in model.named_parameters() if ".lora_" in n):
@@ -296,9 +296,9 @@ class Backbone:
         except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: other names or shapes
             raise ModelError(f"{path} can't be read into {self.source}: {' '.join(str(error).split())}") from error
         if found.unexpected_keys:
-            raise ModelError(f"{path}: {_first(found.unexpected_keys)} belong to no layer of {self.source}")
-        if missing := [name for name in found.missing_keys if not is_lora or ".lora_" in name]:
-            raise ModelError(f"{path} lacks weights for {self.source}: {_first(missing)}")
+            raise ModelError(f"{path}: {first_of(found.unexpected_keys)} belong to no layer of {self.source}")
+        if missing := [name for name in found.missing_keys if ".lora_" in name]:  # of the base's own none is there
+            raise ModelError(f"{path} lacks weights for {self.source}: {first_of(missing)}")
 
     def fuse(self) -> None:
         """Makes the UNet ready for inference only: LoRA folded into its weights, all of them in the arithmetic's type.
@@ -324,7 +324,8 @@ class Backbone:
         return nullcontext()
 
 
-def _first(names: Sequence[str]) -> str:
+def first_of(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -161,7 +161,9 @@ class Segmenter:
         parts = [slice(n, n + self.max_batch) for n in range(0, len(flat), self.max_batch)]
         z_black = self.backbone.black() if config.rescale == "aos" else None
         index = torch.tensor(owners, dtype=torch.long, device=z1.device)  # once: a copy to a GPU waits for its queue
-        calls = (self._queued(z1[index[part]], self.backbone.text(flat[part]), z_black, config) for part in parts)
+        # Compiled, a sampler is unrolled: of many steps it would take minutes, for the first who asks for so many
+        step = self._step if config.steps == 1 and config.rescale != "hss" else self._masks
+        calls = (self._queued(step(z1[index[part]], self.backbone.text(flat[part]), z_black, config)) for part in parts)
         # The next call is queued on the GPU before one is waited for; after the last there is nothing to queue
         for part, (wait, _) in zip(parts, pairwise(chain(calls, [list[Tensor]])), strict=True):
             scores, gamma, clipped = wait()
@@ -172,12 +174,9 @@ class Segmenter:
                 found[owner].append(Square(caption=caption, score=score.clone(), gamma=g, clipped=c, truncated=long))
         return found
 
-    def _queued(self, *inputs: Any) -> Callable[[], list[Tensor]]:
-        """Queues a call of the network, and what brings its results to the CPU; gives what waits for them."""
-        config: SamplingConfig = inputs[-1]
-        # Compiled, a sampler is unrolled: of many steps it would take minutes, for the first who asks for so many
-        one_call = config.steps == 1 and config.rescale != "hss"
-        done = [x.to("cpu", non_blocking=True) for x in (self._step if one_call else self._masks)(*inputs)]
+    def _queued(self, results: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Queues what brings the results of a queued call to the CPU; gives what waits for them."""
+        done = [x.to("cpu", non_blocking=True) for x in results]
         if self.backbone.device == "cpu":
             return lambda: done
         event = torch.cuda.Event()  # not the whole queue: the next call will be in it

@@ -23,7 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from rlfseg import adapter, flow
 from rlfseg.adapter import Card
 from rlfseg.backbone import Backbone
-from rlfseg.config import OptimizerConfig, SamplingConfig, SpeedConfig, TrainConfig, as_dict, without_passwords
+from rlfseg.config import (
+    FastConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    SpeedConfig,
+    TrainConfig,
+    as_dict,
+    without_passwords,
+)
 from rlfseg.errors import ModelError
 from rlfseg.metrics import Sums
 from rlfseg.segmenter import Segmenter
@@ -202,7 +210,7 @@ class TrainState:
 
     def segmenter(self, card: Card) -> Segmenter:
         """With the weights as they are now; beside a training that has a GPU's memory it takes few phrases at once."""
-        return Segmenter(self.backbone, card, max_batch=min(32, self.config.batch_size))
+        return Segmenter(self.backbone, card, max_batch=min(FastConfig().max_batch, self.config.batch_size))
 
     # --- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ import importlib
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -87,13 +87,11 @@ def run(config: BenchConfig) -> Summary:
         system_metrics=False,  # which would be measured, too
     ) as recorded:
         try:
-            for name in suites:
-                suite = importlib.import_module("serve.bench" if name == "serve" else f"rlfseg.pipeline.bench_{name}")
-                for row in suite.measure(config):
-                    rows.append(row)
-                    figures[f"bench/{name}/{row.name}"] = row.figure
-                    write_json(out / "bench.json", [asdict(r) | {"verdict": r.verdict} for r in rows])
-                    print(f"{row.name}: {row.ours:.4g} {row.unit}", flush=True)
+            for name, row in _measured(config, suites):
+                rows.append(row)
+                figures[f"bench/{name}/{row.name}"] = row.figure
+                write_json(out / "bench.json", [asdict(r) | {"verdict": r.verdict} for r in rows])
+                print(f"{row.name}: {row.ours:.4g} {row.unit}", flush=True)
         finally:  # where a suite fails after an hour of others
             recorded.log_metrics(figures)
             recorded.log_artifact(out / "bench.json", "bench")
@@ -109,6 +107,14 @@ def run(config: BenchConfig) -> Summary:
         seconds=time.monotonic() - start,
         figures={r.name: r.figure for r in rows},
     )
+
+
+def _measured(config: BenchConfig, suites: Sequence[str]) -> Iterator[tuple[str, Row]]:
+    """The rows of each suite with its name, as they come."""
+    for name in suites:
+        suite = importlib.import_module("serve.bench" if name == "serve" else f"rlfseg.pipeline.bench_{name}")
+        for row in suite.measure(config):
+            yield name, row
 
 
 def machine() -> dict[str, str]:

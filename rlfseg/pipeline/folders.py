@@ -112,7 +112,12 @@ def unclaim(out: Path, error: BaseException | None, begun: Callable[[], object])
         begun: Tells whether there is anything to keep.
     """
     if isinstance(error, ConfigError | ModelError) and not begun():
-        shutil.rmtree(out, ignore_errors=True)  # on NFS our own lock keeps it, empty, which is as good
+        remove(out)
+
+
+def remove(out: Path) -> None:
+    """Removes a claimed folder with nothing to keep; on NFS our own lock keeps it, empty, which is as good."""
+    shutil.rmtree(out, ignore_errors=True)
 
 
 def finish(out: Path, identity: Row, counts: Row) -> None:

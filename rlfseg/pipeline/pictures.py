@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -164,6 +165,17 @@ def _root(rows: list[Row]) -> Path | None:
     return root if root != Path("/") and _holds_any(root) else None
 
 
+@contextmanager
+def _mounted(folder: Path | None) -> Iterator[None]:
+    """A picture that can't be read on a node that doesn't see its folder is no bad one."""
+    try:
+        yield
+    except BadSample as error:
+        if folder and not _holds_any(folder):
+            raise not_shared("images", str(folder)) from error
+        raise
+
+
 def _holds_any(folder: Path) -> bool:
     """Whether this node sees anything in a folder: where nothing is mounted, the place to mount it is empty."""
     try:
@@ -241,12 +253,8 @@ class OfFiles:
             source = self._embedded(row)
         elif "://" in place:
             source = fetch.of_url(place)
-        try:
+        with _mounted(self.root):
             image = images.load_image(source, name=place, max_pixels=self.pixels)
-        except BadSample as error:
-            if self.root and not _holds_any(self.root):
-                raise not_shared("images", str(self.root)) from error
-            raise
         return image, [*(row.get("captions") or ()), *self.phrases]
 
     def _embedded(self, row: Row) -> bytes:
@@ -382,13 +390,8 @@ class OfShards:
         """
         if row.get("bad"):
             raise BadSample(row["bad"], file=row["shard"], sample=row["id"])
-        try:
+        with _mounted((self.reader.folder / row["shard"]).parent):
             image = self.reader.image(row["shard"], row["id"])
-        except BadSample as error:
-            folder = (self.reader.folder / row["shard"]).parent
-            if not _holds_any(folder):
-                raise not_shared("images", str(folder)) from error
-            raise
         captions = self.phrases or self.reader.captions(row["shard"], row["id"])
         try:
             return image, [checked_phrase(c) for c in captions]

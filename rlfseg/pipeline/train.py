@@ -31,6 +31,7 @@ from rlfseg.pipeline.folders import (
     begin,
     finish,
     read_json,
+    remove,
     require_finished,
     unclaim,
     weights,
@@ -84,7 +85,8 @@ def run(config: TrainConfig) -> Summary:
     identity = binding(as_dict(config)) | {"data": source.fingerprint, "val_data": held_out}
     identity |= {"weights": weights(*(base / part for part in ("unet", "vae", "text_encoder")))}
     identity |= {"init": weights(init) if init else None}  # whatever its name: an alias may move
-    identity |= {"shuffled by": group_size(config.workers)} if config.workers > 8 else {}
+    if (group := group_size(config.workers)) != group_size(1):
+        identity["shuffled by"] = group
     state = begin(out, identity)
     if state == "done":
         return _summary(out, require_finished(out), 0.0, resumed=phrases)
@@ -144,7 +146,7 @@ def _ready(config: TrainConfig, out: Path, state: str) -> Store:
         _require_same(store, out / "storage.json")
     except (ConfigError, ResourceError):
         if state == "new":
-            shutil.rmtree(out, ignore_errors=True)  # on NFS our own lock keeps it, empty, which is as good
+            remove(out)
         raise
     write_json(out / "storage.json", {"storage": store.shown})
     return store

@@ -66,9 +66,8 @@ def test_a_worker_is_killed(
     victims[step % 2].kill()
     training.finish(driver)
     training.check_like(undisturbed)
-    assert (
-        int(training.logged()[1]["rlfseg.started_at_step"]) >= saved
-    )  # where it goes on; the tag is of the last start
+    # Where it has gone on: the tag is of the last start
+    assert int(training.logged()[1]["rlfseg.started_at_step"]) >= saved
 
 
 @pytest.mark.usefixtures("clock")

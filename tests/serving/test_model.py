@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
 import weakref
 from dataclasses import replace
 from typing import Any
@@ -177,7 +176,8 @@ def test_one_thread_compiles_and_computes(monkeypatch: pytest.MonkeyPatch, loade
     async def used() -> None:
         model: Any = Model.__new__(Model)
         await Model.__init__(model, ServeConfig(models={"a": "tiny", "b": "tiny"}, fast=FastConfig(compile=True)))
-        await asyncio.gather(*(asyncio.to_thread(time.sleep, 0.01) for _ in range(4)))
+        several = threading.Barrier(4)  # which `to_thread` would go on to choose from
+        await asyncio.gather(*(asyncio.to_thread(several.wait) for _ in range(4)))
         for _ in range(4):
             await model.batched([])
 
